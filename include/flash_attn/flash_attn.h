@@ -1,0 +1,138 @@
+/* FlashAttention-Plus: the C interface, and the only ABI of the library.
+ *
+ * Every function that can fail returns an fa_status; the message of a thread's last failure is
+ * fa_last_error_message(). Nothing is written to the outputs of a call that returns
+ * FA_INVALID_ARGUMENT or FA_UNSUPPORTED.
+ */
+#ifndef FLASH_ATTN_FLASH_ATTN_H_
+#define FLASH_ATTN_FLASH_ATTN_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define FA_API __declspec(dllexport)
+#else
+#define FA_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum fa_status {
+  FA_OK = 0,
+  FA_INVALID_ARGUMENT = 1, /* a shape, a value or a name that the caller can mend */
+  FA_UNSUPPORTED = 2,      /* a right request that nothing on this machine serves */
+  FA_OUT_OF_MEMORY = 3,
+  FA_DEVICE_ERROR = 4,
+  FA_INTERNAL = 5
+} fa_status;
+
+/* DLPack's type codes. */
+enum { FA_INT = 0, FA_UINT = 1, FA_FLOAT = 2, FA_BFLOAT = 4, FA_BOOL = 6 };
+/* DLPack's device types. */
+enum { FA_CPU = 1, FA_CUDA = 2 };
+
+/* A tensor that the caller owns. Field for field DLPack's DLTensor, so a `const DLTensor*` may be
+ * passed where a `const fa_tensor*` is asked for. */
+typedef struct fa_tensor {
+  void* data;
+  int32_t device_type; /* FA_CPU, FA_CUDA */
+  int32_t device_id;
+  int32_t ndim;
+  uint8_t dtype_code; /* FA_FLOAT, FA_BFLOAT, ... */
+  uint8_t dtype_bits;
+  uint16_t dtype_lanes;   /* 1 */
+  const int64_t* shape;   /* elements */
+  const int64_t* strides; /* elements; NULL: row-major without gaps */
+  uint64_t byte_offset;   /* where the first element lies, from data */
+} fa_tensor;
+
+/* One attention call. Start from fa_attention_args_init(), then set what is wanted; a NULL tensor is
+ * an option that is not used.
+ *
+ * Shapes (B batch, Sq/Sk sequence lengths, H/Hk heads of q and of k and v, H % Hk == 0, D/Dv
+ * head_dim of q and k and of v and out):
+ *   dense:  q [B, Sq, H, D]    k [B, Sk, Hk, D]    v [B, Sk, Hk, Dv]    out [B, Sq, H, Dv]
+ *   varlen: q [total_q, H, D]  k [total_k, Hk, D]  v [total_k, Hk, Dv]  out [total_q, H, Dv]
+ *   paged (with varlen): k [num_blocks, page_size, Hk, D], v [num_blocks, page_size, Hk, Dv]
+ * q, k, v and out share one dtype: fp32, fp16 or bf16. Any strides, the last dimension contiguous. */
+typedef struct fa_attention_args {
+  size_t struct_size; /* sizeof(fa_attention_args), set by fa_attention_args_init() */
+
+  const fa_tensor* q;
+  const fa_tensor* k;
+  const fa_tensor* v;
+  const fa_tensor* out;
+  const fa_tensor* lse;     /* [B, H, Sq], varlen [H, total_q]; fp32; natural logarithm */
+  const fa_tensor* s_dmask; /* [B, H, Sq rounded up to 128, Sk rounded up to 128], q's dtype */
+
+  const fa_tensor* cu_seqlens_q; /* int32 [B + 1]; with cu_seqlens_k: varlen */
+  const fa_tensor* cu_seqlens_k; /* int32 [B + 1] */
+  const fa_tensor* seqused_k;    /* int32 [B]: keys in use of each sequence; varlen */
+  const fa_tensor* block_table;  /* int32 [B, max_blocks]: pages of each sequence; varlen */
+  int64_t max_seqlen_q;          /* varlen: at least the longest sequence */
+  int64_t max_seqlen_k;
+
+  const fa_tensor* alibi_slopes;   /* fp32 [H] or [B, H] */
+  const fa_tensor* attn_bias;      /* broadcastable to [B, H, Sq, Sk]; fp32 or q's dtype; bool: keep */
+  const fa_tensor* learnable_sink; /* [H], fp32 or q's dtype */
+
+  const double* softmax_scale; /* NULL: D^-1/2 */
+  int32_t causal;
+  int64_t window_size_left; /* -1: unbounded */
+  int64_t window_size_right;
+  double softcap;   /* 0: none */
+  double dropout_p; /* in [0, 1) */
+  uint64_t dropout_seed;
+  uint64_t dropout_offset;
+
+  const char* backend; /* "cpu", "cpu:avx2", "reference"; NULL: FLASH_ATTENTION_BACKEND, or the best */
+  void* stream;        /* a CUDA stream; ignored on the CPU */
+} fa_attention_args;
+
+FA_API void fa_attention_args_init(fa_attention_args* args);
+
+/* out = softmax(scale * q k^T + bias, masked) v, after Dao et al., "FlashAttention" (2022). Returns
+ * when the result is written (CPU) or enqueued (GPU). */
+FA_API fa_status fa_forward(const fa_attention_args* args);
+
+/* The fp64 oracle that every backend is tested against: the same call, computed straight from the
+ * formula. `out`, `lse` and `bound` are fp64 tensors of the shapes of out, lse and out; each may be
+ * NULL, and else is row-major without gaps. bound is sum_j P_ij |v_jd|, which normalises the error of
+ * out. args->out, args->lse and args->s_dmask are ignored. CPU only; slow. */
+FA_API fa_status fa_forward_oracle(const fa_attention_args* args, const fa_tensor* out,
+                                   const fa_tensor* lse, const fa_tensor* bound);
+
+/* Which implementation would run the call, and why each other one would not. Writes a line per
+ * candidate, NUL-terminated and cut at `capacity`; *needed, if not NULL, gets the bytes for all of
+ * it. The tensors' data pointers are not followed unless the checks of fa_forward() read them. */
+FA_API fa_status fa_explain(const fa_attention_args* args, char* text, size_t capacity,
+                            size_t* needed);
+
+/* The names of the implementations for a device type, best first; NULL past the end. */
+FA_API const char* fa_implementation_name(int32_t device_type, int32_t index);
+
+/* 1 where this machine can run the implementation; 0 else, and then `reason` (if not NULL) gets a
+ * static text that says why. */
+FA_API int32_t fa_implementation_available(int32_t device_type, int32_t index, const char** reason);
+
+/* Threads that a CPU call uses at most, and where they come from ("own pool", "OpenMP runtime of the
+ * process"). */
+FA_API int32_t fa_num_threads(const char** source);
+
+/* Adopts the OpenMP runtime in the shared library at `path`, which must be loaded in the process
+ * already, so that the process keeps one set of threads. FA_UNSUPPORTED where it has none. */
+FA_API fa_status fa_use_openmp_runtime(const char* path);
+
+/* The calling thread's last failure; "" if there was none. Valid until its next call. */
+FA_API const char* fa_last_error_message(void);
+
+FA_API const char* fa_version(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FLASH_ATTN_FLASH_ATTN_H_ */

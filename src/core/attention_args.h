@@ -1,0 +1,43 @@
+// Where one call's tensors lie, and its scalars. See docs for the meaning of each option.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "core/tensor_view.h"
+
+namespace fa::core {
+
+struct AttentionArgs {
+  // Dense:  q [B, Sq, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv], out [B, Sq, H, Dv].
+  // Varlen: q [total_q, H, D], k [total_k, Hk, D], v [total_k, Hk, Dv], out [total_q, H, Dv].
+  // Paged:  k [num_blocks, page_size, Hk, D], v [num_blocks, page_size, Hk, Dv].
+  TensorView q, k, v, out;
+  TensorView lse;      // [B, H, Sq], varlen [H, total_q]; fp32; optional
+  TensorView s_dmask;  // [B, H, Sq up to 128, Sk up to 128] in q's dtype; optional
+
+  // Present together: varlen. int32 [B + 1].
+  TensorView cu_seqlens_q, cu_seqlens_k;
+  TensorView seqused_k;    // int32 [B]: keys in use of each sequence; optional
+  TensorView block_table;  // int32 [B, max_blocks]: the pages of each sequence; optional
+  int64_t max_seqlen_q = 0;
+  int64_t max_seqlen_k = 0;
+
+  TensorView alibi_slopes;    // fp32 [H] or [B, H]
+  TensorView attn_bias;       // broadcastable to [B, H, Sq, Sk]; fp32, q's dtype, or bool
+  TensorView learnable_sink;  // [H]; fp32 or q's dtype
+
+  std::optional<double> softmax_scale;  // absent: D^-1/2
+  bool causal = false;
+  int64_t window_left = -1;   // -1: unbounded
+  int64_t window_right = -1;  // -1: unbounded
+  double softcap = 0.0;       // 0: none
+  double dropout_p = 0.0;
+  uint64_t dropout_seed = 0;
+  uint64_t dropout_offset = 0;
+};
+
+// The softmax scale in force: semantics.md's default is D^-1/2.
+double softmax_scale(const AttentionArgs& args);
+
+}  // namespace fa::core

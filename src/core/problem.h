@@ -1,0 +1,55 @@
+// What to compute: a value, without pointers, that plans are cached by.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <tuple>
+
+#include "core/semantics.h"
+#include "core/tensor_view.h"
+
+namespace fa::core {
+
+enum class Direction : uint8_t { kForward, kBackward };
+enum class Layout : uint8_t { kDense, kVarlen };
+enum class BiasKind : uint8_t { kNone, kAdditive, kBoolean };
+
+struct AttentionProblem {
+  Direction direction = Direction::kForward;
+  DataType dtype = DataType::kFloat32;
+  Layout layout = Layout::kDense;
+  int64_t page_size = 0;  // 0: k and v are not paged
+  int64_t batch = 0;
+  int64_t seqlen_q = 0;  // varlen: the longest
+  int64_t seqlen_k = 0;  // varlen: the longest
+  int64_t num_heads = 0;
+  int64_t num_heads_kv = 0;
+  int64_t head_dim = 0;
+  int64_t head_dim_v = 0;
+  semantics::MaskBand band;
+  bool softcap = false;
+  bool alibi = false;
+  bool dropout = false;
+  bool sink = false;
+  BiasKind bias = BiasKind::kNone;
+  bool wants_lse = false;
+  bool wants_s_dmask = false;
+  bool deterministic = false;
+
+  auto fields() const {
+    return std::tuple{direction,  dtype,         layout,       page_size, batch,      seqlen_q,
+                      seqlen_k,   num_heads,     num_heads_kv, head_dim,  head_dim_v, band.left,
+                      band.right, softcap,       alibi,        dropout,   sink,       bias,
+                      wants_lse,  wants_s_dmask, deterministic};
+  }
+  bool operator==(const AttentionProblem& other) const { return fields() == other.fields(); }
+};
+
+struct AttentionProblemHash {
+  size_t operator()(const AttentionProblem& problem) const;
+};
+
+std::string to_string(const AttentionProblem& problem);
+
+}  // namespace fa::core

@@ -1,0 +1,581 @@
+#include "core/validate.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "core/sequence.h"
+
+namespace fa::core {
+namespace {
+
+constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
+// Lengths of varlen sequences are differences of int32.
+constexpr int64_t kMaxVarlenLength = std::numeric_limits<int32_t>::max();
+constexpr int64_t kSDmaskMultiple = 128;
+
+// A tensor under the name that the caller knows it by.
+struct Named {
+  const char* name;
+  const TensorView& view;
+};
+
+std::string strides_text(const TensorView& view) {
+  std::string text = "[";
+  for (int d = 0; d < view.ndim; ++d) text += concat(d == 0 ? "" : ", ", view.strides[d]);
+  return text + "]";
+}
+
+// *product = a * b; false on overflow. a, b >= 0.
+bool multiply(int64_t a, int64_t b, int64_t* product) {
+  constexpr int64_t kRoot = int64_t{1} << 31;  // below it no product overflows, and no division
+  if ((a >= kRoot || b >= kRoot) && a != 0 && b > kMaxInt64 / a) return false;
+  *product = a * b;
+  return true;
+}
+
+bool add(int64_t a, int64_t b, int64_t* sum) {
+  if (b > kMaxInt64 - a) return false;
+  *sum = a + b;
+  return true;
+}
+
+// ---- One tensor by itself. ----
+
+Status check_present(Named tensor) {
+  if (tensor.view.present()) return {};
+  return invalid_argument(tensor.name, ": is missing, must be given");
+}
+
+Status check_rank(Named tensor, int rank, const char* layout) {
+  if (tensor.view.ndim == rank) return {};
+  return invalid_argument(tensor.name, ": has ", tensor.view.ndim, " dimensions, must have ", rank,
+                          ": ", layout);
+}
+
+Status check_dtype(Named tensor, DataType dtype) {
+  if (tensor.view.dtype == dtype) return {};
+  return invalid_argument(tensor.name, ": dtype is ", name(tensor.view.dtype), ", must be ",
+                          name(dtype));
+}
+
+// For the options whose dtype is fp32 or q's.
+Status check_float32_or(DataType dtype, Named tensor) {
+  if (tensor.view.dtype == DataType::kFloat32 || tensor.view.dtype == dtype) return {};
+  return invalid_argument(tensor.name, ": dtype is ", name(tensor.view.dtype),
+                          ", must be float32 or q's ", name(dtype));
+}
+
+Status check_device(Named tensor, Device device) {
+  if (tensor.view.device == device) return {};
+  return invalid_argument(tensor.name, ": is on ", name(tensor.view.device),
+                          ", must be on q's device, ", name(device));
+}
+
+// Sizes and strides are not negative, byte offsets fit in int64, and there is memory.
+// The dtype is one with a size.
+Status check_storage(Named tensor) {
+  const TensorView& view = tensor.view;
+  const int64_t element_bytes = byte_size(view.dtype);
+  int64_t bytes = element_bytes;  // of the elements, empty dimensions counted as 1
+  int64_t reach = 1;              // elements from the first to the last in memory
+  bool fits = true;
+  bool empty = false;
+  for (int d = 0; d < view.ndim; ++d) {
+    const int64_t size = view.shape[d];
+    if (size < 0) {
+      return invalid_argument(tensor.name, ": dimension ", d, " has size ", size,
+                              ", must be at least 0 (shape ", shape_text(view), ")");
+    }
+    empty = empty || size == 0;
+    if (size <= 1) continue;
+    if (view.strides[d] < 0) {
+      return invalid_argument(tensor.name, ": dimension ", d, " has stride ", view.strides[d],
+                              ", must be at least 0 (strides ", strides_text(view), ")");
+    }
+    int64_t step = 0;
+    fits = fits && multiply(bytes, size, &bytes) && multiply(size - 1, view.strides[d], &step) &&
+           add(reach, step, &reach);
+  }
+  if (!fits || !multiply(reach, element_bytes, &reach)) {
+    return invalid_argument(tensor.name, ": shape ", shape_text(view), " with strides ",
+                            strides_text(view), " spans more bytes than int64 can count");
+  }
+  if (empty) return {};
+  if (view.data == nullptr) {
+    return invalid_argument(tensor.name, ": data pointer is null, must point to the ",
+                            shape_text(view), " elements");
+  }
+  if (reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(element_bytes) != 0) {
+    return invalid_argument(tensor.name, ": data pointer ", view.data, " must be aligned to ",
+                            element_bytes, " bytes, the size of ", name(view.dtype));
+  }
+  return {};
+}
+
+Status check_last_contiguous(Named tensor) {
+  const int last = tensor.view.ndim - 1;
+  if (last < 0 || tensor.view.shape[last] <= 1 || tensor.view.strides[last] == 1) return {};
+  return invalid_argument(tensor.name, ": the last dimension has stride ",
+                          tensor.view.strides[last], ", must be contiguous (stride 1; strides ",
+                          strides_text(tensor.view), ")");
+}
+
+// An output in which two indices share an element would depend on the order of writes.
+Status check_no_broadcast(Named output) {
+  for (int d = 0; d < output.view.ndim; ++d) {
+    if (output.view.shape[d] > 1 && output.view.strides[d] == 0) {
+      return invalid_argument(output.name, ": dimension ", d,
+                              " has stride 0, must not be broadcast, because it is written (shape ",
+                              shape_text(output.view), ")");
+    }
+  }
+  return {};
+}
+
+// What `tensor` calls `what` must be `expected`, which belongs to `owner` ("q's").
+Status check_size(Named tensor, const char* what, int64_t actual, const char* owner,
+                  int64_t expected) {
+  if (actual == expected) return {};
+  return invalid_argument(tensor.name, ": ", what, " is ", actual, ", must equal ", owner, " ",
+                          expected, " (", tensor.name, " has shape ", shape_text(tensor.view), ")");
+}
+
+template <size_t kRank>
+Status check_shape(Named tensor, const std::array<int64_t, kRank>& expected, const char* layout) {
+  bool equal = tensor.view.ndim == static_cast<int>(kRank);
+  for (size_t d = 0; equal && d < kRank; ++d) equal = tensor.view.shape[d] == expected[d];
+  if (equal) return {};
+  TensorView wanted;
+  wanted.ndim = static_cast<int>(kRank);
+  std::copy(expected.begin(), expected.end(), wanted.shape.begin());
+  return invalid_argument(tensor.name, ": shape is ", shape_text(tensor.view), ", must be ",
+                          shape_text(wanted), ", ", layout);
+}
+
+Status check_int32_vector(Named tensor, Device device) {
+  FA_TRY(check_rank(tensor, 1, "one entry per sequence"));
+  FA_TRY(check_dtype(tensor, DataType::kInt32));
+  FA_TRY(check_device(tensor, device));
+  FA_TRY(check_storage(tensor));
+  return check_last_contiguous(tensor);
+}
+
+// ---- q, k, v and out. ----
+
+struct Ranks {
+  int q;
+  int kv;
+  const char* q_layout;
+  const char* k_layout;
+  const char* v_layout;
+  const char* out_layout;
+};
+
+Ranks ranks(Layout layout, bool paged) {
+  constexpr const char* kPagedK = "[num_blocks, page_size, num_heads_kv, head_dim]";
+  constexpr const char* kPagedV = "[num_blocks, page_size, num_heads_kv, head_dim_v]";
+  if (layout == Layout::kDense) {
+    return {4,
+            4,
+            "[batch, seqlen_q, num_heads, head_dim]",
+            "[batch, seqlen_k, num_heads_kv, head_dim]",
+            "[batch, seqlen_k, num_heads_kv, head_dim_v]",
+            "[batch, seqlen_q, num_heads, head_dim_v]"};
+  }
+  return {3,
+          paged ? 4 : 3,
+          "[total_q, num_heads, head_dim] (varlen)",
+          paged ? kPagedK : "[total_k, num_heads_kv, head_dim] (varlen)",
+          paged ? kPagedV : "[total_k, num_heads_kv, head_dim_v] (varlen)",
+          "[total_q, num_heads, head_dim_v] (varlen)"};
+}
+
+Status check_main_tensor(Named tensor, int rank, const char* layout, const TensorView& q) {
+  FA_TRY(check_rank(tensor, rank, layout));
+  if (tensor.view.dtype != q.dtype) {
+    return invalid_argument(tensor.name, ": dtype is ", name(tensor.view.dtype),
+                            ", must equal q's ", name(q.dtype));
+  }
+  FA_TRY(check_device(tensor, q.device));
+  FA_TRY(check_storage(tensor));
+  return check_last_contiguous(tensor);
+}
+
+Status check_main_tensors(const AttentionArgs& args, const Ranks& expected) {
+  FA_TRY(check_present({"q", args.q}));
+  FA_TRY(check_present({"k", args.k}));
+  FA_TRY(check_present({"v", args.v}));
+  FA_TRY(check_present({"out", args.out}));
+  const DataType dtype = args.q.dtype;
+  if (dtype != DataType::kFloat32 && dtype != DataType::kFloat16 && dtype != DataType::kBFloat16) {
+    return invalid_argument("q: dtype is ", name(dtype), ", must be float32, float16 or bfloat16");
+  }
+  FA_TRY(check_main_tensor({"q", args.q}, expected.q, expected.q_layout, args.q));
+  FA_TRY(check_main_tensor({"k", args.k}, expected.kv, expected.k_layout, args.q));
+  FA_TRY(check_main_tensor({"v", args.v}, expected.kv, expected.v_layout, args.q));
+  FA_TRY(check_main_tensor({"out", args.out}, expected.q, expected.out_layout, args.q));
+  return check_no_broadcast({"out", args.out});
+}
+
+Status check_head_dim(Named tensor, const char* what) {
+  const int64_t head_dim = tensor.view.shape[tensor.view.ndim - 1];
+  if (head_dim >= 1 && head_dim <= kMaxHeadDim) return {};
+  return invalid_argument(tensor.name, ": ", what, " is ", head_dim, ", must be in [1, ",
+                          kMaxHeadDim, "] (", tensor.name, " has shape ", shape_text(tensor.view),
+                          ")");
+}
+
+Status check_heads(const AttentionArgs& args, AttentionProblem* problem) {
+  const Named q{"q", args.q}, k{"k", args.k}, v{"v", args.v};
+  const auto from_end = [](const TensorView& view, int d) { return view.shape[view.ndim - d]; };
+  problem->num_heads = from_end(args.q, 2);
+  problem->num_heads_kv = from_end(args.k, 2);
+  problem->head_dim = from_end(args.q, 1);
+  problem->head_dim_v = from_end(args.v, 1);
+  FA_TRY(check_head_dim(q, "head_dim"));
+  FA_TRY(check_size(k, "head_dim", from_end(args.k, 1), "q's", problem->head_dim));
+  FA_TRY(check_head_dim(v, "head_dim_v"));
+  if (problem->num_heads_kv < 1) {
+    return invalid_argument("k: num_heads_kv is 0, must be at least 1 (k has shape ",
+                            shape_text(args.k), ")");
+  }
+  FA_TRY(check_size(v, "num_heads_kv", from_end(args.v, 2), "k's", problem->num_heads_kv));
+  if (problem->num_heads < 1 || problem->num_heads % problem->num_heads_kv != 0) {
+    return invalid_argument("q: num_heads is ", problem->num_heads,
+                            ", must be a positive multiple of k's num_heads_kv ",
+                            problem->num_heads_kv, " (q has shape ", shape_text(args.q),
+                            ", k has shape ", shape_text(args.k), ")");
+  }
+  return {};
+}
+
+Status check_dense_sizes(const AttentionArgs& args, AttentionProblem* problem) {
+  problem->batch = args.q.shape[0];
+  problem->seqlen_q = args.q.shape[1];
+  problem->seqlen_k = args.k.shape[1];
+  FA_TRY(check_size({"k", args.k}, "batch", args.k.shape[0], "q's", problem->batch));
+  FA_TRY(check_size({"v", args.v}, "batch", args.v.shape[0], "q's", problem->batch));
+  FA_TRY(check_size({"v", args.v}, "seqlen_k", args.v.shape[1], "k's", problem->seqlen_k));
+  const std::array<int64_t, 4> out{problem->batch, problem->seqlen_q, problem->num_heads,
+                                   problem->head_dim_v};
+  return check_shape({"out", args.out}, out, "[batch, seqlen_q, num_heads, head_dim_v]");
+}
+
+// ---- Varlen and pages. ----
+
+// cu_seqlens_* make a call varlen; what only varlen has needs them.
+Status check_layout(const AttentionArgs& args, AttentionProblem* problem) {
+  const bool q = args.cu_seqlens_q.present();
+  const bool k = args.cu_seqlens_k.present();
+  if (q != k) {
+    const char* missing = q ? "cu_seqlens_k" : "cu_seqlens_q";
+    const char* given = q ? "cu_seqlens_q" : "cu_seqlens_k";
+    return invalid_argument(missing, ": is missing, must be given together with ", given);
+  }
+  problem->layout = q ? Layout::kVarlen : Layout::kDense;
+  if (q) return {};
+  for (const Named& tensor :
+       {Named{"seqused_k", args.seqused_k}, Named{"block_table", args.block_table}}) {
+    if (!tensor.view.present()) continue;
+    return invalid_argument(tensor.name,
+                            ": is given, must only be used with cu_seqlens_q and cu_seqlens_k");
+  }
+  return {};
+}
+
+Status check_max_seqlen(const char* name, int64_t max_seqlen) {
+  if (max_seqlen >= 0 && max_seqlen <= kMaxVarlenLength) return {};
+  return invalid_argument(name, ": is ", max_seqlen, ", must be in [0, ", kMaxVarlenLength, "]");
+}
+
+Status check_pages(const AttentionArgs& args, AttentionProblem* problem) {
+  const Named table{"block_table", args.block_table};
+  FA_TRY(check_rank(table, 2, "[batch, max_blocks]"));
+  FA_TRY(check_dtype(table, DataType::kInt32));
+  FA_TRY(check_device(table, args.q.device));
+  FA_TRY(check_storage(table));
+  FA_TRY(check_last_contiguous(table));
+  FA_TRY(check_size(table, "batch", args.block_table.shape[0], "cu_seqlens_q's number of sequences",
+                    problem->batch));
+  problem->page_size = args.k.shape[1];
+  if (problem->page_size < 1) {
+    return invalid_argument("k: page_size is 0, must be at least 1 (k has shape ",
+                            shape_text(args.k), ")");
+  }
+  FA_TRY(check_size({"v", args.v}, "num_blocks", args.v.shape[0], "k's", args.k.shape[0]));
+  return check_size({"v", args.v}, "page_size", args.v.shape[1], "k's", problem->page_size);
+}
+
+Status check_varlen_sizes(const AttentionArgs& args, AttentionProblem* problem) {
+  const Device device = args.q.device;
+  const Named cu_seqlens_q{"cu_seqlens_q", args.cu_seqlens_q};
+  const Named cu_seqlens_k{"cu_seqlens_k", args.cu_seqlens_k};
+  FA_TRY(check_int32_vector(cu_seqlens_q, device));
+  FA_TRY(check_int32_vector(cu_seqlens_k, device));
+  if (args.cu_seqlens_q.shape[0] < 1) {
+    return invalid_argument("cu_seqlens_q: has no entries, must have one more than sequences");
+  }
+  problem->batch = args.cu_seqlens_q.shape[0] - 1;
+  FA_TRY(check_size(cu_seqlens_k, "length", args.cu_seqlens_k.shape[0], "cu_seqlens_q's",
+                    problem->batch + 1));
+  FA_TRY(check_max_seqlen("max_seqlen_q", args.max_seqlen_q));
+  FA_TRY(check_max_seqlen("max_seqlen_k", args.max_seqlen_k));
+  problem->seqlen_q = args.max_seqlen_q;
+  problem->seqlen_k = args.max_seqlen_k;
+  if (args.seqused_k.present()) {
+    const Named seqused_k{"seqused_k", args.seqused_k};
+    FA_TRY(check_int32_vector(seqused_k, device));
+    FA_TRY(check_size(seqused_k, "length", args.seqused_k.shape[0],
+                      "cu_seqlens_q's number of sequences", problem->batch));
+  }
+  if (args.block_table.present()) {
+    FA_TRY(check_pages(args, problem));
+  } else {
+    FA_TRY(check_size({"v", args.v}, "total_k", args.v.shape[0], "k's", args.k.shape[0]));
+  }
+  const std::array<int64_t, 3> out{args.q.shape[0], problem->num_heads, problem->head_dim_v};
+  return check_shape({"out", args.out}, out, "[total_q, num_heads, head_dim_v]");
+}
+
+// ---- Values of lengths and pages, where they lie on the CPU. ----
+
+Status check_cu_seqlens(Named cu_seqlens, int64_t total, const char* total_name) {
+  const int32_t* values = cu_seqlens.view.as<const int32_t>();
+  const int64_t batch = cu_seqlens.view.shape[0] - 1;
+  if (values[0] != 0) {
+    return invalid_argument(cu_seqlens.name, ": entry 0 is ", values[0], ", must be 0");
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    if (values[b + 1] < values[b]) {
+      return invalid_argument(cu_seqlens.name, ": entry ", b + 1, " is ", values[b + 1],
+                              ", must be at least entry ", b, ", which is ", values[b]);
+    }
+  }
+  if (values[batch] > total) {
+    return invalid_argument(cu_seqlens.name, ": the last entry is ", values[batch],
+                            ", must be at most ", total_name, " ", total);
+  }
+  return {};
+}
+
+Status check_seqused_k(const AttentionArgs& args, int64_t batch) {
+  const int32_t* used = args.seqused_k.as<const int32_t>();
+  const int32_t* cu_seqlens_k = args.cu_seqlens_k.as<const int32_t>();
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t length = cu_seqlens_k[b + 1] - cu_seqlens_k[b];
+    if (used[b] < 0 || used[b] > length) {
+      return invalid_argument("seqused_k: entry ", b, " is ", used[b], ", must be in [0, ", length,
+                              "], the keys that cu_seqlens_k gives that sequence");
+    }
+  }
+  return {};
+}
+
+Status check_longest(const AttentionArgs& args, const AttentionProblem& problem) {
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    const Sequence it = sequence(args, problem, b);
+    if (it.seqlen_q > problem.seqlen_q) {
+      return invalid_argument("max_seqlen_q: is ", problem.seqlen_q, ", must be at least ",
+                              it.seqlen_q, ", the length of sequence ", b);
+    }
+    if (it.seqlen_k > problem.seqlen_k) {
+      return invalid_argument("max_seqlen_k: is ", problem.seqlen_k, ", must be at least ",
+                              it.seqlen_k, ", the length of sequence ", b);
+    }
+  }
+  return {};
+}
+
+// The pages that hold the used keys exist; the rest of the table is not read.
+Status check_page_indices(const AttentionArgs& args, const AttentionProblem& problem) {
+  const int64_t max_blocks = args.block_table.shape[1];
+  const int64_t num_blocks = args.k.shape[0];
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    const int64_t seqlen_k = sequence(args, problem, b).seqlen_k;
+    const int64_t pages = seqlen_k == 0 ? 0 : (seqlen_k - 1) / problem.page_size + 1;
+    if (pages > max_blocks) {
+      return invalid_argument("block_table: max_blocks is ", max_blocks, ", must be at least ",
+                              pages, ", the pages of ", problem.page_size, " that the ", seqlen_k,
+                              " keys of sequence ", b, " take");
+    }
+    const int32_t* table = args.block_table.as<const int32_t>() + b * args.block_table.strides[0];
+    for (int64_t p = 0; p < pages; ++p) {
+      if (table[p] >= 0 && table[p] < num_blocks) continue;
+      return invalid_argument("block_table: entry [", b, ", ", p, "] is ", table[p],
+                              ", must be in [0, ", num_blocks, "), the number of pages in k");
+    }
+  }
+  return {};
+}
+
+Status check_varlen_values(const AttentionArgs& args, const AttentionProblem& problem) {
+  const bool paged = problem.page_size > 0;
+  FA_TRY(check_cu_seqlens({"cu_seqlens_q", args.cu_seqlens_q}, args.q.shape[0], "q's total_q"));
+  FA_TRY(check_cu_seqlens({"cu_seqlens_k", args.cu_seqlens_k},
+                          paged ? kMaxVarlenLength : args.k.shape[0], "k's total_k"));
+  if (args.seqused_k.present()) FA_TRY(check_seqused_k(args, problem.batch));
+  FA_TRY(check_longest(args, problem));
+  return paged ? check_page_indices(args, problem) : Status{};
+}
+
+// ---- Scalars. ----
+
+Status check_window(const char* name, int64_t value) {
+  if (value >= -1) return {};
+  return invalid_argument(name, ": is ", value, ", must be -1 (unbounded) or at least 0");
+}
+
+// In the range of fp32, in which kernels compute.
+Status check_not_negative(const char* name, double value) {
+  if (value >= 0.0 && value <= std::numeric_limits<float>::max()) return {};
+  return invalid_argument(name, ": is ", value, ", must be at least 0 and finite in float32");
+}
+
+Status check_scalars(const AttentionArgs& args, AttentionProblem* problem) {
+  if (args.softmax_scale) FA_TRY(check_not_negative("softmax_scale", *args.softmax_scale));
+  FA_TRY(check_not_negative("softcap", args.softcap));
+  FA_TRY(check_window("window_size_left", args.window_left));
+  FA_TRY(check_window("window_size_right", args.window_right));
+  if (!(args.dropout_p >= 0.0 && args.dropout_p < 1.0)) {
+    return invalid_argument("dropout_p: is ", args.dropout_p, ", must be in [0, 1)");
+  }
+  problem->band = semantics::mask_band(args.causal, args.window_left, args.window_right);
+  problem->softcap = args.softcap > 0.0;
+  problem->dropout = args.dropout_p > 0.0;
+  return {};
+}
+
+// ---- Optional inputs. ----
+
+Status check_alibi(const AttentionArgs& args, AttentionProblem* problem) {
+  if (!args.alibi_slopes.present()) return {};
+  const Named slopes{"alibi_slopes", args.alibi_slopes};
+  FA_TRY(check_dtype(slopes, DataType::kFloat32));
+  FA_TRY(check_device(slopes, args.q.device));
+  if (args.alibi_slopes.ndim == 2) {
+    FA_TRY(check_shape(slopes, std::array{problem->batch, problem->num_heads},
+                       "[batch, num_heads] (or [num_heads])"));
+  } else {
+    FA_TRY(
+        check_shape(slopes, std::array{problem->num_heads}, "[num_heads] (or [batch, num_heads])"));
+  }
+  FA_TRY(check_storage(slopes));
+  FA_TRY(check_last_contiguous(slopes));
+  problem->alibi = true;
+  return {};
+}
+
+Status check_bias_shape(Named bias, const AttentionProblem& problem) {
+  constexpr int kRank = 4;
+  const std::array<int64_t, kRank> target{problem.batch, problem.num_heads, problem.seqlen_q,
+                                          problem.seqlen_k};
+  const int ndim = bias.view.ndim;
+  bool fits = ndim >= 1 && ndim <= kRank;
+  for (int d = 0; fits && d < ndim; ++d) {
+    const int64_t size = bias.view.shape[d];
+    fits = size == 1 || size == target[kRank - ndim + d];
+  }
+  if (fits) return {};
+  const bool varlen = problem.layout == Layout::kVarlen;
+  return invalid_argument(bias.name, ": shape is ", shape_text(bias.view),
+                          ", must be broadcastable to [", target[0], ", ", target[1], ", ",
+                          target[2], ", ", target[3], "], [batch, num_heads, ",
+                          varlen ? "max_seqlen_q, max_seqlen_k]" : "seqlen_q, seqlen_k]");
+}
+
+Status check_bias(const AttentionArgs& args, AttentionProblem* problem) {
+  if (!args.attn_bias.present()) return {};
+  const Named bias{"attn_bias", args.attn_bias};
+  const DataType dtype = args.attn_bias.dtype;
+  const bool boolean = dtype == DataType::kBool || dtype == DataType::kUInt8;
+  if (!boolean && dtype != DataType::kFloat32 && dtype != problem->dtype) {
+    return invalid_argument("attn_bias: dtype is ", name(dtype), ", must be float32, q's ",
+                            name(problem->dtype), ", or bool (keep where true)");
+  }
+  FA_TRY(check_device(bias, args.q.device));
+  FA_TRY(check_bias_shape(bias, *problem));
+  FA_TRY(check_storage(bias));
+  if (args.attn_bias.strides[args.attn_bias.ndim - 1] != 0) FA_TRY(check_last_contiguous(bias));
+  problem->bias = boolean ? BiasKind::kBoolean : BiasKind::kAdditive;
+  return {};
+}
+
+Status check_sink(const AttentionArgs& args, AttentionProblem* problem) {
+  if (!args.learnable_sink.present()) return {};
+  const Named sink{"learnable_sink", args.learnable_sink};
+  FA_TRY(check_float32_or(problem->dtype, sink));
+  FA_TRY(check_device(sink, args.q.device));
+  FA_TRY(check_shape(sink, std::array{problem->num_heads}, "[num_heads]"));
+  FA_TRY(check_storage(sink));
+  FA_TRY(check_last_contiguous(sink));
+  problem->sink = true;
+  return {};
+}
+
+// ---- Optional outputs. ----
+
+Status check_output(Named output, DataType dtype, Device device) {
+  FA_TRY(check_dtype(output, dtype));
+  FA_TRY(check_device(output, device));
+  FA_TRY(check_storage(output));
+  FA_TRY(check_last_contiguous(output));
+  return check_no_broadcast(output);
+}
+
+Status check_lse(const AttentionArgs& args, AttentionProblem* problem) {
+  if (!args.lse.present()) return {};
+  const Named lse{"lse", args.lse};
+  if (problem->layout == Layout::kVarlen) {
+    FA_TRY(
+        check_shape(lse, std::array{problem->num_heads, args.q.shape[0]}, "[num_heads, total_q]"));
+  } else {
+    FA_TRY(check_shape(lse, std::array{problem->batch, problem->num_heads, problem->seqlen_q},
+                       "[batch, num_heads, seqlen_q]"));
+  }
+  problem->wants_lse = true;
+  return check_output(lse, DataType::kFloat32, args.q.device);
+}
+
+Status check_s_dmask(const AttentionArgs& args, AttentionProblem* problem) {
+  if (!args.s_dmask.present()) return {};
+  const Named s_dmask{"s_dmask", args.s_dmask};
+  const auto round_up = [](int64_t length) {
+    return (length + kSDmaskMultiple - 1) / kSDmaskMultiple * kSDmaskMultiple;
+  };
+  FA_TRY(check_shape(s_dmask,
+                     std::array{problem->batch, problem->num_heads, round_up(problem->seqlen_q),
+                                round_up(problem->seqlen_k)},
+                     "[batch, num_heads, seqlen_q and seqlen_k rounded up to 128]"));
+  problem->wants_s_dmask = true;
+  return check_output(s_dmask, problem->dtype, args.q.device);
+}
+
+Status check_all(const AttentionArgs& args, AttentionProblem* problem) {
+  FA_TRY(check_layout(args, problem));
+  FA_TRY(check_main_tensors(args, ranks(problem->layout, args.block_table.present())));
+  problem->dtype = args.q.dtype;
+  FA_TRY(check_heads(args, problem));
+  if (problem->layout == Layout::kVarlen) {
+    FA_TRY(check_varlen_sizes(args, problem));
+    if (args.q.device.type == DeviceType::kCpu) FA_TRY(check_varlen_values(args, *problem));
+  } else {
+    FA_TRY(check_dense_sizes(args, problem));
+  }
+  FA_TRY(check_scalars(args, problem));
+  FA_TRY(check_alibi(args, problem));
+  FA_TRY(check_bias(args, problem));
+  FA_TRY(check_sink(args, problem));
+  FA_TRY(check_lse(args, problem));
+  return check_s_dmask(args, problem);
+}
+
+}  // namespace
+
+Result<AttentionProblem> validate_forward(const AttentionArgs& args) {
+  AttentionProblem problem;
+  FA_TRY(check_all(args, &problem));
+  return problem;
+}
+
+}  // namespace fa::core

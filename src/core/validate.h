@@ -1,0 +1,16 @@
+// Everything that a caller can get wrong, checked once; no backend checks again.
+#pragma once
+
+#include "core/attention_args.h"
+#include "core/problem.h"
+#include "core/status.h"
+
+namespace fa::core {
+
+inline constexpr int64_t kMaxHeadDim = 512;
+
+// Checks the arguments of a forward call and derives its problem. An error names the argument, its
+// actual value and what it must be. Lengths and page numbers are read where they lie on the CPU.
+Result<AttentionProblem> validate_forward(const AttentionArgs& args);
+
+}  // namespace fa::core

@@ -1,0 +1,10 @@
+// Which of Highway's targets every source with vector code is compiled for. Include it before
+// <hwy/foreach_target.h>.
+//
+// SVE and RVV vectors have no size at compile time and cannot be array elements, which the register
+// tiles are; SVE machines run the NEON code. SSSE3 and AVX3_DL add nothing to SSE4 and AVX3 here.
+#pragma once
+
+#define HWY_DISABLED_TARGETS \
+  (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV | HWY_SSSE3 | HWY_AVX3_DL)
+#define HWY_COMPILE_ALL_ATTAINABLE

@@ -1,0 +1,211 @@
+// Vector vocabulary: loads that widen, stores that narrow, exp2, tanh. Included once per target.
+#if defined(FA_CPU_VECTOR_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FA_CPU_VECTOR_INL_H_
+#undef FA_CPU_VECTOR_INL_H_
+#else
+#define FA_CPU_VECTOR_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/tensor_view.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace fa::cpu {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Never wider than kMaxLanes; every vector below holds fp32.
+using FloatTag = hn::CappedTag<float, 16>;
+using Float = hn::Vec<FloatTag>;
+using IntTag = hn::RebindToSigned<FloatTag>;
+using WordTag = hn::RebindToUnsigned<FloatTag>;
+using Word = hn::Vec<WordTag>;
+using HalfTag = hn::Rebind<uint16_t, FloatTag>;
+inline constexpr FloatTag kFloats{};
+inline constexpr IntTag kInts{};
+inline constexpr WordTag kWords{};
+inline constexpr HalfTag kHalves{};
+inline constexpr int64_t kLanes = HWY_MIN(16, HWY_LANES(float));
+
+inline constexpr float kMinusInfinity = -__builtin_inff();
+
+// max(low, x), NaN where x is: Highway's Max leaves that to the instruction set.
+HWY_INLINE Float at_least(float low, Float x) {
+#if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128
+  return hn::IfThenElse(hn::Lt(x, hn::Set(kFloats, low)), hn::Set(kFloats, low), x);
+#else
+  return hn::Max(hn::Set(kFloats, low), x);
+#endif
+}
+
+// 2^x, relative error under 2e-7; 0 for x <= -127, -inf included; NaN for NaN. x < 128.
+// Minimax polynomial on [-1/2, 1/2] whose constant term is 1, so that exp2(0) is exactly 1.
+HWY_INLINE Float exp2(Float x) {
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it, biased, in the low mantissa bits.
+  const Float magic = hn::Set(kFloats, 12582912.0f + 127.0f);
+  x = at_least(-127.0f, x);
+  const Float shifted = hn::Add(x, magic);
+  const Float f = hn::Sub(x, hn::Sub(shifted, magic));
+  const Float power = hn::BitCast(kFloats, hn::ShiftLeft<23>(hn::BitCast(kWords, shifted)));
+  Float p = hn::Set(kFloats, 0.0013264714507386088f);
+  p = hn::MulAdd(p, f, hn::Set(kFloats, 0.009671512991189957f));
+  p = hn::MulAdd(p, f, hn::Set(kFloats, 0.05550733953714371f));
+  p = hn::MulAdd(p, f, hn::Set(kFloats, 0.24022242426872253f));
+  p = hn::MulAdd(p, f, hn::Set(kFloats, 0.6931470036506653f));
+  p = hn::MulAdd(p, f, hn::Set(kFloats, 1.0f));
+  return hn::Mul(p, power);
+}
+
+// Relative error under 3e-7: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
+HWY_INLINE Float tanh(Float x) {
+  const Float magnitude = hn::Min(hn::Abs(x), hn::Set(kFloats, 10.0f));
+  const Float e = exp2(hn::Mul(magnitude, hn::Set(kFloats, 2.8853900817779268f)));
+  const Float one = hn::Set(kFloats, 1.0f);
+  const Float large = hn::Sub(one, hn::Div(hn::Set(kFloats, 2.0f), hn::Add(e, one)));
+  const Float z = hn::Mul(x, x);
+  Float p = hn::Set(kFloats, -0.005704962182790041f);
+  p = hn::MulAdd(p, z, hn::Set(kFloats, 0.02063906565308571f));
+  p = hn::MulAdd(p, z, hn::Set(kFloats, -0.05373970791697502f));
+  p = hn::MulAdd(p, z, hn::Set(kFloats, 0.13331441581249237f));
+  p = hn::MulAdd(p, z, hn::Set(kFloats, -0.3333328068256378f));
+  const Float small = hn::MulAdd(hn::Mul(p, z), x, x);
+  const auto is_small = hn::Lt(hn::Abs(x), hn::Set(kFloats, 0.625f));
+  const Float result = hn::IfThenElse(is_small, small, hn::CopySign(large, x));
+  return hn::IfThenElse(hn::IsNaN(x), x, result);
+}
+
+// ---- 16-bit types ----
+
+HWY_INLINE Float widen_bfloat16(hn::Vec<HalfTag> bits) {
+  return hn::BitCast(kFloats, hn::ShiftLeft<16>(hn::PromoteTo(kWords, bits)));
+}
+
+HWY_INLINE Float widen_float16(hn::Vec<HalfTag> bits) {
+#if HWY_TARGET <= HWY_AVX2 || HWY_TARGET == HWY_NEON  // the processor converts
+  const hn::Rebind<hwy::float16_t, FloatTag> tag;
+  return hn::PromoteTo(kFloats, hn::BitCast(tag, bits));
+#else
+  // Exponent and mantissa moved into place are the value times 2^-112, subnormals included.
+  const Word wide = hn::PromoteTo(kWords, bits);
+  const Word shifted = hn::ShiftLeft<13>(hn::And(wide, hn::Set(kWords, 0x7FFFu)));
+  const Word finite =
+      hn::BitCast(kWords, hn::Mul(hn::BitCast(kFloats, shifted), hn::Set(kFloats, 0x1p112f)));
+  const Word special = hn::Or(shifted, hn::Set(kWords, 0x7F800000u));
+  const auto is_special = hn::Gt(hn::BitCast(kInts, shifted), hn::Set(kInts, 0x0F7FFFFF));
+  const Word magnitude = hn::IfThenElse(hn::RebindMask(kWords, is_special), special, finite);
+  const Word sign = hn::ShiftLeft<16>(hn::And(wide, hn::Set(kWords, 0x8000u)));
+  return hn::BitCast(kFloats, hn::Or(magnitude, sign));
+#endif
+}
+
+// Values are below 2^16.
+HWY_INLINE hn::Vec<HalfTag> low_halves(Word words) {
+  return hn::DemoteTo(kHalves, hn::BitCast(kInts, words));
+}
+
+HWY_INLINE hn::Vec<HalfTag> narrow_bfloat16(Float x) {
+  const Word bits = hn::BitCast(kWords, x);
+  const Word odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(kWords, 1u));
+  const Word rounded = hn::ShiftRight<16>(hn::Add(hn::Add(bits, hn::Set(kWords, 0x7FFFu)), odd));
+  const auto nan = hn::RebindMask(kWords, hn::IsNaN(x));
+  return low_halves(hn::IfThenElse(nan, hn::Set(kWords, 0x7FC0u), rounded));
+}
+
+HWY_INLINE hn::Vec<HalfTag> narrow_float16(Float x) {
+#if HWY_TARGET <= HWY_AVX2 || HWY_TARGET == HWY_NEON
+  const hn::Rebind<hwy::float16_t, FloatTag> tag;
+  return hn::BitCast(kHalves, hn::DemoteTo(tag, x));
+#else
+  const Word bits = hn::BitCast(kWords, x);
+  const Word sign = hn::And(hn::ShiftRight<16>(bits), hn::Set(kWords, 0x8000u));
+  const Float magnitude = hn::Abs(x);
+  const Word m = hn::BitCast(kWords, magnitude);
+  // Rebias the exponent and round to nearest even.
+  const Word odd = hn::And(hn::ShiftRight<13>(m), hn::Set(kWords, 1u));
+  const Word normal = hn::ShiftRight<13>(hn::Add(hn::Add(m, hn::Set(kWords, 0xC8000FFFu)), odd));
+  // Below 2^-14, adding 1/2 rounds at the subnormals' granularity, 2^-24.
+  const Word subnormal = hn::Sub(hn::BitCast(kWords, hn::Add(magnitude, hn::Set(kFloats, 0.5f))),
+                                 hn::Set(kWords, 0x3F000000u));
+  const auto words = [](auto mask) HWY_ATTR { return hn::RebindMask(kWords, mask); };
+  Word result =
+      hn::IfThenElse(words(hn::Lt(magnitude, hn::Set(kFloats, 0x1p-14f))), subnormal, normal);
+  result = hn::IfThenElse(words(hn::Ge(magnitude, hn::Set(kFloats, 65520.0f))),
+                          hn::Set(kWords, 0x7C00u), result);
+  result = hn::IfThenElse(words(hn::IsNaN(x)), hn::Set(kWords, 0x7E00u), result);
+  return low_halves(hn::Or(result, sign));
+#endif
+}
+
+// ---- Rows of any dtype ----
+
+template <core::DataType kType>
+HWY_INLINE Float load_widened(const void* row, int64_t index) {
+  if constexpr (kType == core::DataType::kFloat32) {
+    return hn::LoadU(kFloats, static_cast<const float*>(row) + index);
+  } else {
+    const auto bits = hn::LoadU(kHalves, static_cast<const uint16_t*>(row) + index);
+    return kType == core::DataType::kBFloat16 ? widen_bfloat16(bits) : widen_float16(bits);
+  }
+}
+
+template <core::DataType kType>
+HWY_INLINE void store_narrowed(Float x, void* row, int64_t index) {
+  if constexpr (kType == core::DataType::kFloat32) {
+    hn::StoreU(x, kFloats, static_cast<float*>(row) + index);
+  } else {
+    const auto bits = kType == core::DataType::kBFloat16 ? narrow_bfloat16(x) : narrow_float16(x);
+    hn::StoreU(bits, kHalves, static_cast<uint16_t*>(row) + index);
+  }
+}
+
+// Calls body with the dtype as a compile-time value.
+template <class Body>
+HWY_INLINE void dispatch_dtype(core::DataType dtype, Body&& body) {
+  using core::DataType;
+  if (dtype == DataType::kFloat32) {
+    body(std::integral_constant<DataType, DataType::kFloat32>{});
+  } else if (dtype == DataType::kBFloat16) {
+    body(std::integral_constant<DataType, DataType::kBFloat16>{});
+  } else {
+    body(std::integral_constant<DataType, DataType::kFloat16>{});
+  }
+}
+
+// to[0 .. n) = from[0 .. n) in fp32, and zeros up to a whole vector.
+template <core::DataType kType>
+HWY_INLINE void widen_row(const void* from, int64_t n, float* HWY_RESTRICT to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    hn::Store(load_widened<kType>(from, i), kFloats, to + i);
+  }
+  if (i < n) {
+    constexpr int64_t kBytes = core::byte_size(kType);
+    alignas(64) char rest[kMaxLanes * kBytes] = {};
+    std::memcpy(rest, static_cast<const char*>(from) + i * kBytes, (n - i) * kBytes);
+    hn::Store(load_widened<kType>(rest, 0), kFloats, to + i);
+  }
+}
+
+// to[0 .. n) = from[0 .. n) * factor, rounded to the type.
+template <core::DataType kType>
+HWY_INLINE void narrow_row(const float* HWY_RESTRICT from, Float factor, int64_t n, void* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store_narrowed<kType>(hn::Mul(hn::Load(kFloats, from + i), factor), to, i);
+  }
+  if (i < n) {
+    constexpr int64_t kBytes = core::byte_size(kType);
+    alignas(64) char rest[kMaxLanes * kBytes];
+    store_narrowed<kType>(hn::Mul(hn::Load(kFloats, from + i), factor), rest, 0);
+    std::memcpy(static_cast<char*>(to) + i * kBytes, rest, (n - i) * kBytes);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace fa::cpu
+HWY_AFTER_NAMESPACE();
+#endif
