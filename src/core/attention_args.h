@@ -27,6 +27,11 @@ struct AttentionArgs {
   TensorView attn_bias;       // broadcastable to [B, H, Sq, Sk]; fp32, q's dtype, or bool
   TensorView learnable_sink;  // [H]; fp32 or q's dtype
 
+  // Backward only, where out and lse are inputs. Each has the shape of what it is the gradient of.
+  TensorView dout, dq, dk, dv;  // in q's dtype
+  TensorView d_attn_bias;       // in attn_bias's dtype, summed where it was broadcast; optional
+  TensorView d_learnable_sink;  // in learnable_sink's dtype; optional
+
   std::optional<double> softmax_scale;  // absent: D^-1/2
   bool causal = false;
   int64_t window_left = -1;   // -1: unbounded

@@ -21,6 +21,7 @@ struct AttentionProblem {
   Layout layout = Layout::kDense;
   int64_t page_size = 0;  // 0: k and v are not paged
   int64_t batch = 0;
+  int64_t total_q = 0;   // rows of q, over the whole batch
   int64_t seqlen_q = 0;  // varlen: the longest
   int64_t seqlen_k = 0;  // varlen: the longest
   int64_t num_heads = 0;
@@ -35,13 +36,35 @@ struct AttentionProblem {
   BiasKind bias = BiasKind::kNone;
   bool wants_lse = false;
   bool wants_s_dmask = false;
+  bool wants_d_attn_bias = false;
+  bool wants_d_learnable_sink = false;
   bool deterministic = false;
 
   auto fields() const {
-    return std::tuple{direction,  dtype,         layout,       page_size, batch,      seqlen_q,
-                      seqlen_k,   num_heads,     num_heads_kv, head_dim,  head_dim_v, band.left,
-                      band.right, softcap,       alibi,        dropout,   sink,       bias,
-                      wants_lse,  wants_s_dmask, deterministic};
+    return std::tuple{direction,
+                      dtype,
+                      layout,
+                      page_size,
+                      batch,
+                      total_q,
+                      seqlen_q,
+                      seqlen_k,
+                      num_heads,
+                      num_heads_kv,
+                      head_dim,
+                      head_dim_v,
+                      band.left,
+                      band.right,
+                      softcap,
+                      alibi,
+                      dropout,
+                      sink,
+                      bias,
+                      wants_lse,
+                      wants_s_dmask,
+                      wants_d_attn_bias,
+                      wants_d_learnable_sink,
+                      deterministic};
   }
   bool operator==(const AttentionProblem& other) const { return fields() == other.fields(); }
 };

@@ -49,8 +49,8 @@ Status check_present(Named tensor) {
 
 Status check_rank(Named tensor, int rank, const char* layout) {
   if (tensor.view.ndim == rank) return {};
-  return invalid_argument(tensor.name, ": has ", tensor.view.ndim, " dimensions, must have ", rank,
-                          ": ", layout);
+  return invalid_argument(tensor.name, ": has ", tensor.view.ndim, " dimensions (shape ",
+                          shape_text(tensor.view), "), must have ", rank, ": ", layout);
 }
 
 Status check_dtype(Named tensor, DataType dtype) {
@@ -123,6 +123,7 @@ Status check_last_contiguous(Named tensor) {
 
 // An output in which two indices share an element would depend on the order of writes.
 Status check_no_broadcast(Named output) {
+  if (output.view.num_elements() == 0) return {};
   for (int d = 0; d < output.view.ndim; ++d) {
     if (output.view.shape[d] > 1 && output.view.strides[d] == 0) {
       return invalid_argument(output.name, ": dimension ", d,
@@ -253,6 +254,7 @@ Status check_heads(const AttentionArgs& args, AttentionProblem* problem) {
 Status check_dense_sizes(const AttentionArgs& args, AttentionProblem* problem) {
   problem->batch = args.q.shape[0];
   problem->seqlen_q = args.q.shape[1];
+  problem->total_q = problem->batch * problem->seqlen_q;
   problem->seqlen_k = args.k.shape[1];
   FA_TRY(check_size({"k", args.k}, "batch", args.k.shape[0], "q's", problem->batch));
   FA_TRY(check_size({"v", args.v}, "batch", args.v.shape[0], "q's", problem->batch));
@@ -322,6 +324,7 @@ Status check_varlen_sizes(const AttentionArgs& args, AttentionProblem* problem) 
   FA_TRY(check_max_seqlen("max_seqlen_q", args.max_seqlen_q));
   FA_TRY(check_max_seqlen("max_seqlen_k", args.max_seqlen_k));
   problem->seqlen_q = args.max_seqlen_q;
+  problem->total_q = args.q.shape[0];
   problem->seqlen_k = args.max_seqlen_k;
   if (args.seqused_k.present()) {
     const Named seqused_k{"seqused_k", args.seqused_k};
@@ -570,7 +573,70 @@ Status check_all(const AttentionArgs& args, AttentionProblem* problem) {
   return check_s_dmask(args, problem);
 }
 
+// A gradient has the shape of what it belongs to, and the same dtype. dout alone is not written.
+Status check_gradient(Named gradient, Named of) {
+  if (!gradient.view.present()) {
+    return invalid_argument(gradient.name, ": is missing, must be a tensor of ", of.name,
+                            "'s shape ", shape_text(of.view));
+  }
+  bool equal = gradient.view.ndim == of.view.ndim;
+  for (int d = 0; equal && d < of.view.ndim; ++d) {
+    equal = gradient.view.shape[d] == of.view.shape[d];
+  }
+  if (!equal) {
+    return invalid_argument(gradient.name, ": shape is ", shape_text(gradient.view),
+                            ", must equal ", of.name, "'s ", shape_text(of.view));
+  }
+  FA_TRY(check_dtype(gradient, of.view.dtype));
+  FA_TRY(check_device(gradient, of.view.device));
+  FA_TRY(check_storage(gradient));
+  return check_last_contiguous(gradient);
+}
+
+Status check_written_gradient(Named gradient, Named of) {
+  FA_TRY(check_gradient(gradient, of));
+  return check_no_broadcast(gradient);
+}
+
+Status check_gradients(const AttentionArgs& args, AttentionProblem* problem) {
+  if (!args.lse.present()) {
+    return invalid_argument("lse: is missing, the backward needs the forward's");
+  }
+  if (args.s_dmask.present()) {
+    return invalid_argument("s_dmask: is given, must be absent in the backward");
+  }
+  FA_TRY(check_gradient({"dout", args.dout}, {"out", args.out}));
+  FA_TRY(check_written_gradient({"dq", args.dq}, {"q", args.q}));
+  FA_TRY(check_written_gradient({"dk", args.dk}, {"k", args.k}));
+  FA_TRY(check_written_gradient({"dv", args.dv}, {"v", args.v}));
+  if (args.d_attn_bias.present()) {
+    if (problem->bias != BiasKind::kAdditive) {
+      return invalid_argument("d_attn_bias: is given, but attn_bias is ",
+                              problem->bias == BiasKind::kNone ? "not" : "boolean");
+    }
+    FA_TRY(check_written_gradient({"d_attn_bias", args.d_attn_bias}, {"attn_bias", args.attn_bias}));
+    problem->wants_d_attn_bias = true;
+  }
+  if (args.d_learnable_sink.present()) {
+    if (!problem->sink) {
+      return invalid_argument("d_learnable_sink: is given, but learnable_sink is not");
+    }
+    FA_TRY(check_written_gradient({"d_learnable_sink", args.d_learnable_sink},
+                          {"learnable_sink", args.learnable_sink}));
+    problem->wants_d_learnable_sink = true;
+  }
+  return {};
+}
+
 }  // namespace
+
+Result<AttentionProblem> validate_backward(const AttentionArgs& args) {
+  AttentionProblem problem;
+  problem.direction = Direction::kBackward;
+  FA_TRY(check_all(args, &problem));
+  FA_TRY(check_gradients(args, &problem));
+  return problem;
+}
 
 Result<AttentionProblem> validate_forward(const AttentionArgs& args) {
   AttentionProblem problem;

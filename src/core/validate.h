@@ -13,4 +13,8 @@ inline constexpr int64_t kMaxHeadDim = 512;
 // actual value and what it must be. Lengths and page numbers are read where they lie on the CPU.
 Result<AttentionProblem> validate_forward(const AttentionArgs& args);
 
+// The same for a backward call: the forward's arguments, with out and lse as it wrote them, and the
+// gradients.
+Result<AttentionProblem> validate_backward(const AttentionArgs& args);
+
 }  // namespace fa::core

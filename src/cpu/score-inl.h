@@ -1,5 +1,5 @@
-// What happens to scores between the two products: transforms, mask, softmax, dropout. Each step is
-// a pass over a tile that lies in L1; a call pays only for the steps that it asks for.
+// What happens to scores before and after the softmax: transforms, mask, dropout. Each step is a
+// pass over a tile that lies in L1; a call pays only for the steps that it asks for.
 #if defined(FA_CPU_SCORE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FA_CPU_SCORE_INL_H_
 #undef FA_CPU_SCORE_INL_H_
@@ -9,24 +9,19 @@
 
 #include "core/element.h"
 #include "core/semantics.h"
-#include "cpu/forward_call.h"
+#include "cpu/call.h"
 #include "cpu/microkernel-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fa::cpu {
 namespace HWY_NAMESPACE {
 
-// Consecutive queries of one head, and their state of the online softmax, one lane per query.
-struct Panel {
+// Consecutive queries of one head, one lane each.
+struct QueryPanel {
   int64_t head;
   int64_t first_query;  // within the sequence
   int64_t num_queries;
   semantics::Range keys;  // visible to at least one of the queries
-  bool started;           // o, running_max and running_sum hold something
-  float* q;               // Q^T: [depth][kPanel], times scale * log2(e)
-  float* o;               // [kPanel][value_row], not yet divided by the sum
-  float* running_max;     // [kPanel], of scores in base 2
-  float* running_sum;     // [kPanel]
 
   int64_t vectors() const { return (num_queries + kLanes - 1) / kLanes; }
 };
@@ -41,7 +36,7 @@ struct ScoreTile {
 
 // Calls body(vector at (key, lanes from v), key's row, v) and stores what it returns.
 template <class Body>
-HWY_INLINE void transform_scores(const Panel& panel, const ScoreTile& tile, Body&& body) {
+HWY_INLINE void transform_scores(const QueryPanel& panel, const ScoreTile& tile, Body&& body) {
   for (int64_t row = tile.begin; row < tile.end; ++row) {
     for (int64_t v = 0; v < panel.vectors(); ++v) {
       float* at = tile.scores + row * kPanel + v * kLanes;
@@ -50,17 +45,24 @@ HWY_INLINE void transform_scores(const Panel& panel, const ScoreTile& tile, Body
   }
 }
 
-// s = softcap * tanh(s / softcap), both in base 2.
-HWY_INLINE void apply_softcap(const Panel& panel, const ScoreTile& tile, double softcap) {
+// s = softcap * tanh(s / softcap), both in base 2. derivatives, where not null, gets
+// 1 - tanh^2(s / softcap) in the layout of the scores.
+HWY_INLINE void apply_softcap(const QueryPanel& panel, const ScoreTile& tile, double softcap,
+                              float* derivatives) {
   const Float cap = hn::Set(kFloats, static_cast<float>(softcap * semantics::kLog2e));
   const Float inverse = hn::Set(kFloats, static_cast<float>(1.0 / (softcap * semantics::kLog2e)));
-  transform_scores(panel, tile, [&](Float s, int64_t, int64_t) HWY_ATTR {
-    return hn::Mul(cap, tanh(hn::Mul(s, inverse)));
+  transform_scores(panel, tile, [&](Float s, int64_t row, int64_t v) HWY_ATTR {
+    const Float t = tanh(hn::Mul(s, inverse));
+    if (derivatives != nullptr) {
+      hn::Store(hn::NegMulAdd(t, t, hn::Set(kFloats, 1.0f)), kFloats,
+                derivatives + row * kPanel + v * kLanes);
+    }
+    return hn::Mul(cap, t);
   });
 }
 
 // s -= slope * |position of the query - key|.
-HWY_INLINE void apply_alibi(const Panel& panel, const ScoreTile& tile, float slope,
+HWY_INLINE void apply_alibi(const QueryPanel& panel, const ScoreTile& tile, float slope,
                             int64_t diagonal) {
   const Float factor = hn::Set(kFloats, -slope * static_cast<float>(semantics::kLog2e));
   transform_scores(panel, tile, [&](Float s, int64_t row, int64_t v) HWY_ATTR {
@@ -85,7 +87,7 @@ struct Bias {
   }
 };
 
-HWY_INLINE void apply_bias(const Panel& panel, const ScoreTile& tile, const Bias& bias) {
+HWY_INLINE void apply_bias(const QueryPanel& panel, const ScoreTile& tile, const Bias& bias) {
   alignas(64) float row_bias[kPanel] = {};
   const int64_t distinct = bias.query_stride == 0 ? 1 : panel.num_queries;
   for (int64_t row = tile.begin; row < tile.end; ++row) {
@@ -105,7 +107,7 @@ HWY_INLINE void apply_bias(const Panel& panel, const ScoreTile& tile, const Bias
 }
 
 // s = -inf where the band hides the key. Selects, so that a masked score may be anything.
-HWY_INLINE void apply_band(const Panel& panel, const ScoreTile& tile, int64_t seqlen_q,
+HWY_INLINE void apply_band(const QueryPanel& panel, const ScoreTile& tile, int64_t seqlen_q,
                            int64_t seqlen_k, semantics::MaskBand band) {
   for (int64_t row = tile.begin; row < tile.end; ++row) {
     const auto queries = semantics::visible_queries(tile.first_key + row, seqlen_q, seqlen_k, band);
@@ -121,69 +123,6 @@ HWY_INLINE void apply_band(const Panel& panel, const ScoreTile& tile, int64_t se
                 kFloats, at);
     }
   }
-}
-
-// The subtrahend of scores: their maximum, or 0 while there is none.
-HWY_INLINE Float finite_maximum(Float maximum) {
-  return hn::IfThenElse(hn::Eq(maximum, hn::Set(kFloats, kMinusInfinity)), hn::Zero(kFloats),
-                        maximum);
-}
-
-// Multiplies the accumulators of queries whose maximum rose.
-HWY_INLINE void rescale(const Panel& panel, const float* HWY_RESTRICT correction,
-                        int64_t value_row) {
-  for (int64_t query = 0; query < panel.num_queries; ++query) {
-    if (correction[query] == 1.0f) continue;
-    const Float factor = hn::Set(kFloats, correction[query]);
-    float* HWY_RESTRICT o = panel.o + query * value_row;
-    for (int64_t d = 0; d < value_row; d += kLanes) {
-      hn::Store(hn::Mul(hn::Load(kFloats, o + d), factor), kFloats, o + d);
-    }
-  }
-}
-
-// One step of the online softmax (Milakov and Gimelshein, 2018): turns the scores into
-// exp2(s - max), updates maximum and sum, and rescales what was accumulated.
-HWY_INLINE void online_softmax(Panel& panel, const ScoreTile& tile, int64_t value_row) {
-  alignas(64) float correction[kPanel];
-  bool any_rose = false;
-  for (int64_t v = 0; v < panel.vectors(); ++v) {
-    float* HWY_RESTRICT column = tile.scores + v * kLanes;
-    const Float none = hn::Set(kFloats, kMinusInfinity);
-    const Float old_max = panel.started ? hn::Load(kFloats, panel.running_max + v * kLanes) : none;
-    Float max0 = old_max, max1 = none;
-    int64_t row = tile.begin;
-    for (; row + 2 <= tile.end; row += 2) {
-      max0 = hn::Max(max0, hn::Load(kFloats, column + row * kPanel));
-      max1 = hn::Max(max1, hn::Load(kFloats, column + (row + 1) * kPanel));
-    }
-    if (row < tile.end) max0 = hn::Max(max0, hn::Load(kFloats, column + row * kPanel));
-    const Float new_max = hn::Max(max0, max1);
-    const Float subtrahend = finite_maximum(new_max);
-
-    Float sum0 = hn::Zero(kFloats), sum1 = hn::Zero(kFloats);
-    const auto probability = [&](int64_t at) HWY_ATTR {
-      const Float p = exp2(hn::Sub(hn::Load(kFloats, column + at * kPanel), subtrahend));
-      hn::Store(p, kFloats, column + at * kPanel);
-      return p;
-    };
-    for (row = tile.begin; row + 2 <= tile.end; row += 2) {
-      sum0 = hn::Add(sum0, probability(row));
-      sum1 = hn::Add(sum1, probability(row + 1));
-    }
-    if (row < tile.end) sum0 = hn::Add(sum0, probability(row));
-    Float sum = hn::Add(sum0, sum1);
-
-    hn::Store(new_max, kFloats, panel.running_max + v * kLanes);
-    if (panel.started) {
-      const Float factor = exp2(hn::Sub(old_max, subtrahend));
-      hn::Store(factor, kFloats, correction + v * kLanes);
-      any_rose = any_rose || !hn::AllTrue(kFloats, hn::Eq(old_max, new_max));
-      sum = hn::MulAdd(hn::Load(kFloats, panel.running_sum + v * kLanes), factor, sum);
-    }
-    hn::Store(sum, kFloats, panel.running_sum + v * kLanes);
-  }
-  if (any_rose) rescale(panel, correction, value_row);
 }
 
 // ---- Dropout ----
@@ -221,7 +160,7 @@ HWY_INLINE void philox(Word& w0, Word& w1, Word& w2, Word& w3, uint32_t key0, ui
 
 // Calls body(kept, key's row, v) with the mask of each vector of the tile.
 template <class Body>
-HWY_INLINE void for_each_dropout_mask(const ForwardCall& call, const Panel& panel,
+HWY_INLINE void for_each_dropout_mask(const AttentionCall& call, const QueryPanel& panel,
                                       const ScoreTile& tile, int64_t batch, Body&& body) {
   const int64_t batch_head = batch * call.problem.num_heads + panel.head;
   const auto threshold = hn::Set(kInts, static_cast<int32_t>(call.dropout_threshold));
@@ -253,8 +192,8 @@ HWY_INLINE void for_each_dropout_mask(const ForwardCall& call, const Panel& pane
 }
 
 // p = 0 where dropped; 1 / (1 - dropout_p) is applied to the output.
-HWY_INLINE void apply_dropout(const ForwardCall& call, const Panel& panel, const ScoreTile& tile,
-                              int64_t batch) {
+HWY_INLINE void apply_dropout(const AttentionCall& call, const QueryPanel& panel,
+                              const ScoreTile& tile, int64_t batch) {
   for_each_dropout_mask(call, panel, tile, batch, [&](auto kept, int64_t row, int64_t v) HWY_ATTR {
     float* at = tile.scores + row * kPanel + v * kLanes;
     hn::Store(hn::IfThenElseZero(kept, hn::Load(kFloats, at)), kFloats, at);

@@ -8,8 +8,13 @@
 #include <vector>
 
 #include "core/half.h"
-#include "cpu/forward_call.h"
+#include "cpu/call.h"
 #include "cpu/targets.h"
+
+namespace fa::cpu {
+template <int64_t kTarget>
+void check_target();
+}
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "tests/cpp/vector_test.cc"
@@ -115,6 +120,15 @@ void check_all() {
 }  // namespace fa::cpu
 HWY_AFTER_NAMESPACE();
 
+namespace fa::cpu {
+
+template <>
+void check_target<HWY_TARGET>() {
+  HWY_NAMESPACE::check_all();
+}
+
+}  // namespace fa::cpu
+
 #if HWY_ONCE
 namespace fa::cpu {
 namespace {
@@ -126,32 +140,22 @@ bool runs_here(const std::string& name) {
   return false;
 }
 
+template <int64_t kTarget>
+int check(const char* name) {
+  if constexpr ((HWY_TARGETS & kTarget) != 0) {
+    if (runs_here(name)) {
+      SCOPED_TRACE(name);
+      check_target<kTarget>();
+      return 1;
+    }
+  }
+  return 0;
+}
+
 TEST(Vector, functions_meet_their_bounds_on_each_instruction_set) {
-  int checked = 0;
-  const auto check = [&](const char* name, void (*body)()) {
-    if (!runs_here(name)) return;
-    SCOPED_TRACE(name);
-    body();
-    ++checked;
-  };
-#if HWY_TARGETS & HWY_AVX3
-  check("cpu:avx512", N_AVX3::check_all);
-#endif
-#if HWY_TARGETS & HWY_AVX2
-  check("cpu:avx2", N_AVX2::check_all);
-#endif
-#if HWY_TARGETS & HWY_SSE4
-  check("cpu:sse4", N_SSE4::check_all);
-#endif
-#if HWY_TARGETS & HWY_NEON
-  check("cpu:neon", N_NEON::check_all);
-#endif
-#if HWY_TARGETS & HWY_EMU128
-  check("cpu:baseline", N_EMU128::check_all);
-#endif
-#if HWY_TARGETS & HWY_SCALAR
-  check("cpu:baseline", N_SCALAR::check_all);
-#endif
+  const int checked = check<HWY_AVX3>("cpu:avx512") + check<HWY_AVX2>("cpu:avx2") +
+                      check<HWY_SSE4>("cpu:sse4") + check<HWY_NEON>("cpu:neon") +
+                      check<HWY_EMU128>("cpu:baseline") + check<HWY_SCALAR>("cpu:baseline");
   EXPECT_GT(checked, 0);
 }
 

@@ -1,0 +1,252 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "core/element.h"
+#include "cpu/plans.h"
+
+namespace fa::cpu {
+namespace {
+
+using core::AttentionArgs;
+using core::AttentionProblem;
+using core::Status;
+
+// Tasks of key chunks that a call should have, for many threads to share; their number must not
+// depend on the threads. Each chunk of a key head has a dQ of its own, which bounds their number.
+constexpr int64_t kWantedTasks = 32;
+constexpr int64_t kMaxChunks = 8;
+
+int64_t num_chunks(const AttentionProblem& problem) {
+  const int64_t sequences = std::max<int64_t>(problem.batch * problem.num_heads_kv, 1);
+  const int64_t tiles = (problem.seqlen_k + kTileKeys - 1) / kTileKeys;
+  const int64_t wanted = std::min((kWantedTasks + sequences - 1) / sequences, kMaxChunks);
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles, 1));
+}
+
+// The most that the call's sequences can be cut into; each ends in a panel that may be partly
+// empty.
+int64_t max_panels(const AttentionProblem& problem, int64_t panel) {
+  return (problem.total_q / panel + problem.batch) * problem.num_heads;
+}
+
+// Rows [begin, end) of dq, dk or dv belong to no query or key in use.
+void clear_rows(const core::TensorView& gradient, int64_t index, int64_t begin, int64_t end) {
+  const core::Rows rows = core::rows_from(gradient, index, 0);
+  const int64_t heads = gradient.shape[gradient.ndim - 2];
+  const int64_t row_bytes = gradient.shape[gradient.ndim - 1] * core::byte_size(gradient.dtype);
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t at = rows.offset + row * rows.row_stride + head * rows.head_stride;
+      std::memset(gradient.as<char>() + at * core::byte_size(gradient.dtype), 0, row_bytes);
+    }
+  }
+}
+
+void clear_unused_rows(const AttentionArgs& args, const AttentionProblem& problem) {
+  if (problem.layout != core::Layout::kVarlen) return;
+  const auto* cu_seqlens_q = args.cu_seqlens_q.as<const int32_t>();
+  const auto* cu_seqlens_k = args.cu_seqlens_k.as<const int32_t>();
+  clear_rows(args.dq, 0, cu_seqlens_q[problem.batch], args.dq.shape[0]);
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    const core::Sequence sequence = core::sequence(args, problem, b);
+    for (const core::TensorView* gradient : {&args.dk, &args.dv}) {
+      clear_rows(*gradient, 0, sequence.k_begin + sequence.seqlen_k, cu_seqlens_k[b + 1]);
+    }
+  }
+  for (const core::TensorView* gradient : {&args.dk, &args.dv}) {
+    clear_rows(*gradient, 0, cu_seqlens_k[problem.batch], gradient->shape[0]);
+  }
+}
+
+class BackwardPlan final : public core::Plan {
+ public:
+  BackwardPlan(const AttentionProblem& problem, const InstructionSet& set)
+      : problem_(problem),
+        set_(set),
+        num_chunks_(num_chunks(problem)),
+        scratch_floats_(BackwardScratch::layout(problem).total) {
+    Booking book;
+    const int64_t panels = max_panels(problem, set.panel) * set.panel;
+    q_ = book.take(panels * problem.head_dim);
+    dout_ = book.take(panels * problem.head_dim_v);
+    lse_ = book.take(panels);
+    delta_ = book.take(panels);
+    dq_ = book.take(panels * num_chunks_ * round_up(problem.head_dim, kMaxLanes));
+    shared_floats_ = book.total();
+  }
+
+  int64_t workspace_bytes(int num_workers) const override {
+    return (shared_floats_ + num_workers * scratch_floats_) * static_cast<int64_t>(sizeof(float));
+  }
+
+  Status run(const AttentionArgs& args, void* workspace,
+             const core::Stream& stream) const override {
+    float* shared = static_cast<float*>(workspace);
+    std::vector<int64_t> first_panel;
+    const BackwardCall call{
+        make_call(args, problem_, set_),
+        {shared + q_, shared + dout_, shared + lse_, shared + delta_, shared + dq_},
+        number_panels(args, first_panel),
+        num_chunks_};
+    const auto run_all = [&](const std::vector<BackwardTask>& tasks, BackwardKernel kernel) {
+      double flops = 0;
+      for (const BackwardTask& task : tasks) flops += task.cost;
+      core::parallel_for(*stream.parallel, static_cast<int64_t>(tasks.size()),
+                         useful_workers(flops, *stream.parallel), [&](int64_t task, int worker) {
+                           kernel(call, tasks[task],
+                                  shared + shared_floats_ + worker * scratch_floats_);
+                         });
+    };
+    clear_unused_rows(args, problem_);
+    const std::vector<BackwardTask> panels = panel_tasks(call);
+    run_all(panels, set_.backward.prepare);
+    run_all(chunk_tasks(call), set_.backward.differentiate);
+    run_all(panels, set_.backward.finish);
+    if (problem_.wants_d_attn_bias) run_all(bias_tasks(args), set_.backward.differentiate_bias);
+    if (problem_.wants_d_learnable_sink) differentiate_sink(call);
+    return {};
+  }
+
+ private:
+  int64_t panels_per_head_kv(const core::Sequence& sequence) const {
+    return (sequence.seqlen_q + set_.panel - 1) / set_.panel * problem_.num_heads /
+           problem_.num_heads_kv;
+  }
+
+  const int64_t* number_panels(const AttentionArgs& args, std::vector<int64_t>& first_panel) const {
+    int64_t next = 0;
+    for (int64_t b = 0; b < problem_.batch; ++b) {
+      first_panel.push_back(next);
+      next += panels_per_head_kv(core::sequence(args, problem_, b)) * problem_.num_heads_kv;
+    }
+    return first_panel.data();
+  }
+
+  std::vector<BackwardTask> panel_tasks(const BackwardCall& call) const {
+    constexpr int64_t kPanelsPerTask = 8;
+    // Reading and transposing a row costs about as much as this many operations per element.
+    constexpr double kFlopsPerElement = 30;
+    const double cost = kFlopsPerElement * static_cast<double>(set_.panel * problem_.head_dim);
+    std::vector<BackwardTask> tasks;
+    for (int32_t b = 0; b < problem_.batch; ++b) {
+      const int64_t panels = panels_per_head_kv(core::sequence(call.args, problem_, b));
+      for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
+        for (int64_t first = 0; first < panels; first += kPanelsPerTask) {
+          const int64_t count = std::min(kPanelsPerTask, panels - first);
+          tasks.push_back({b, h, first, count, cost * static_cast<double>(count)});
+        }
+      }
+    }
+    return tasks;
+  }
+
+  std::vector<BackwardTask> chunk_tasks(const BackwardCall& call) const {
+    std::vector<BackwardTask> tasks;
+    for (int32_t b = 0; b < problem_.batch; ++b) {
+      const core::Sequence sequence = core::sequence(call.args, problem_, b);
+      const int64_t tiles = (sequence.seqlen_k + kTileKeys - 1) / kTileKeys;
+      for (int64_t chunk = 0; chunk < num_chunks_; ++chunk) {
+        const int64_t begin = chunk * tiles / num_chunks_ * kTileKeys;
+        const int64_t end =
+            std::min((chunk + 1) * tiles / num_chunks_ * kTileKeys, sequence.seqlen_k);
+        const double cost = pairs(sequence, begin, end) * 2.0 *
+                            static_cast<double>(3 * problem_.head_dim + 2 * problem_.head_dim_v);
+        for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
+          tasks.push_back({b, h, chunk, 0, cost * static_cast<double>(call.group)});
+        }
+      }
+    }
+    sort_by_cost(tasks);
+    return tasks;
+  }
+
+  // Query-key pairs of the keys [begin, end) of one head, to within a tile.
+  double pairs(const core::Sequence& sequence, int64_t begin, int64_t end) const {
+    double sum = 0;
+    for (int64_t key = begin; key < end; key += kTileKeys) {
+      const int64_t last = std::min(key + kTileKeys, end) - 1;
+      const auto seen_by = [&](int64_t j) {
+        return semantics::visible_queries(j, sequence.seqlen_q, sequence.seqlen_k, problem_.band);
+      };
+      const double queries =
+          static_cast<double>(std::max<int64_t>(seen_by(last).end - seen_by(key).begin, 0));
+      sum += queries * static_cast<double>(last + 1 - key);
+    }
+    return sum;
+  }
+
+  std::vector<BackwardTask> bias_tasks(const AttentionArgs& args) const {
+    const core::TensorView& bias = args.d_attn_bias;
+    const int64_t num_tiles = (problem_.seqlen_k + kTileKeys - 1) / kTileKeys;
+    const int64_t num_blocks = (problem_.seqlen_q + set_.panel - 1) / set_.panel;
+    const int64_t parts = bias_extent(bias, 1) > 1   ? num_tiles
+                          : bias_extent(bias, 2) > 1 ? num_blocks
+                                                     : 1;
+    std::vector<BackwardTask> tasks;
+    for (int32_t b = 0; b < bias_extent(bias, 4); ++b) {
+      for (int32_t h = 0; h < bias_extent(bias, 3); ++h) {
+        for (int64_t part = 0; part < parts; ++part) tasks.push_back({b, h, part, 0, 1e9});
+      }
+    }
+    return tasks;
+  }
+
+  // d sink_h = -sum_i exp(sink_h - lse_i) delta_i, over the batch, in order.
+  void differentiate_sink(const BackwardCall& call) const {
+    const AttentionArgs& args = call.args;
+    for (int64_t head = 0; head < problem_.num_heads; ++head) {
+      const int64_t head_kv = head / call.group;
+      const double sink =
+          core::load_element(args.learnable_sink, head * args.learnable_sink.strides[0]);
+      double sum = 0;
+      for (int64_t b = 0; b < problem_.batch; ++b) {
+        const core::Sequence sequence = core::sequence(args, problem_, b);
+        const int64_t first = call.first_panel[b] + head_kv * panels_per_head_kv(sequence);
+        for (int64_t i = 0; i < sequence.seqlen_q; ++i) {
+          const int64_t panel = first + i / set_.panel * call.group + head % call.group;
+          const int64_t at = panel * set_.panel + i % set_.panel;
+          const double lse = call.buffers.lse[at] * semantics::kLn2;
+          sum -= std::exp(sink - lse) * call.buffers.delta[at];
+        }
+      }
+      core::store_element(args.d_learnable_sink, head * args.d_learnable_sink.strides[0],
+                          static_cast<float>(sum));
+    }
+  }
+
+  const AttentionProblem problem_;
+  const InstructionSet set_;
+  const int64_t num_chunks_;
+  const int64_t scratch_floats_;
+  int64_t q_, dout_, lse_, delta_, dq_;  // BackwardBuffers, from the start of the workspace
+  int64_t shared_floats_;
+};
+
+}  // namespace
+
+core::PlanPtr make_backward_plan(const AttentionProblem& problem, const InstructionSet& set) {
+  return std::make_shared<BackwardPlan>(problem, set);
+}
+
+BackwardScratch BackwardScratch::layout(const AttentionProblem& problem) {
+  BackwardScratch layout{};
+  Booking book;
+  const int64_t k_row = round_up(problem.head_dim, kMaxLanes);
+  const int64_t v_row = round_up(problem.head_dim_v, kMaxLanes);
+  layout.q = book.take(kMaxPanel * k_row);
+  layout.dout = book.take(kMaxPanel * v_row);
+  layout.k = book.take(kTileKeys * k_row);
+  layout.v = book.take(kTileKeys * v_row);
+  layout.dk = book.take(kTileKeys * k_row);
+  layout.dv = book.take(kTileKeys * v_row);
+  layout.probabilities = book.take(kTileKeys * kMaxPanel);
+  layout.score_gradients = book.take(kTileKeys * kMaxPanel);
+  layout.softcap_derivatives = book.take(problem.softcap ? kTileKeys * kMaxPanel : 0);
+  layout.bias_sums =
+      book.take(problem.wants_d_attn_bias ? kTileKeys * kMaxPanel + kTileKeys + kMaxPanel : 0);
+  layout.total = book.total();
+  return layout;
+}
+
+}  // namespace fa::cpu

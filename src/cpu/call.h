@@ -1,0 +1,133 @@
+// One call as the kernels see it: resolved once, read by every task.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/attention_args.h"
+#include "core/problem.h"
+#include "core/semantics.h"
+#include "core/sequence.h"
+
+namespace fa::cpu {
+
+// Sizes that hold on every instruction set, so that scratch is booked without knowing which.
+inline constexpr int64_t kMaxLanes = 16;   // fp32 in the widest vector
+inline constexpr int64_t kMaxPanel = 64;   // queries of one panel
+inline constexpr int64_t kTileKeys = 96;   // keys of one tile; divisible by every register tile
+inline constexpr int64_t kMaxPanels = 16;  // panels that share each key tile
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Consecutive panels of one (batch, key head): panel p covers queries of head
+// kv_head * group + p % group, so that neighbours read the same keys.
+struct ForwardTask {
+  int32_t batch;
+  int32_t head_kv;
+  int64_t first_panel;
+  int64_t num_panels;
+  double cost;  // query-key pairs, to start the heaviest first
+};
+
+struct AttentionCall {
+  const core::AttentionArgs& args;
+  const core::AttentionProblem& problem;
+  float scale_log2;  // softmax_scale * log2(e): scores are kept in base 2
+  int64_t group;     // query heads per key head
+  int64_t panel;     // queries per panel on the instruction set that runs
+  semantics::DropoutKey dropout_key;
+  semantics::Word dropout_threshold;
+};
+
+// Where the scratch of one worker lies, in floats. Sized for the whole task.
+struct ForwardScratch {
+  int64_t q, o, running_max, running_sum, k, v, scores, total;
+  static ForwardScratch layout(const core::AttentionProblem& problem, int64_t max_panels);
+};
+
+// As many panels as keep their queries and accumulators within a core's L2 cache.
+int64_t panels_per_task(const core::AttentionProblem& problem, int64_t panel);
+
+// Cuts a call into tasks, heaviest first. Depends on the problem and the lengths alone.
+std::vector<ForwardTask> cut_forward(const AttentionCall& call, int64_t max_panels);
+
+// A bias's dimensions counted from the right: 1 keys, 2 queries, 3 heads, 4 batch. Those that it
+// lacks or that are 1 are broadcast.
+inline int64_t bias_extent(const core::TensorView& bias, int from_right) {
+  const int d = bias.ndim - from_right;
+  return d < 0 ? 1 : bias.shape[d];
+}
+inline int64_t bias_stride(const core::TensorView& bias, int from_right) {
+  return bias_extent(bias, from_right) == 1 ? 0 : bias.strides[bias.ndim - from_right];
+}
+
+// Runs one task on one instruction set. scratch: ForwardScratch::total floats.
+using ForwardKernel = void (*)(const AttentionCall& call, const ForwardTask& task, float* scratch);
+
+// What the tasks of a backward share, in floats from the start of the workspace. A panel is counted
+// over the whole call: the first of (batch, head_kv) is number first_panel[batch] +
+// head_kv * panels_per_head_kv(batch).
+struct BackwardBuffers {
+  float* q;      // Q^T of each panel, times scale * log2(e): [panels][D][panel]
+  float* dout;   // dO^T of each panel: [panels][Dv][panel]
+  float* lse;    // in base 2; +inf where the query sees no key: [panels][panel]
+  float* delta;  // sum_d dO O: [panels][panel]
+  float* dq;     // not yet times scale: [panels][chunks][panel][D rounded up]
+};
+
+// One (batch, key head) and a part of its work.
+struct BackwardTask {
+  int32_t batch;
+  int32_t head_kv;
+  int64_t first;  // panel, or chunk of keys, by the phase
+  int64_t count;  // panels
+  double cost;
+};
+
+struct BackwardCall : AttentionCall {
+  BackwardBuffers buffers;
+  const int64_t* first_panel;  // per batch
+  int64_t num_chunks;          // of the keys of each (batch, key head), each with a dQ of its own
+};
+
+// Where the scratch of one worker lies, in floats.
+struct BackwardScratch {
+  int64_t q, dout, k, v, dk, dv, probabilities, score_gradients, softcap_derivatives, bias_sums,
+      total;
+  static BackwardScratch layout(const core::AttentionProblem& problem);
+};
+
+using BackwardKernel = void (*)(const BackwardCall& call, const BackwardTask& task, float* scratch);
+
+// The phases of a backward; all tasks of one are done before the next starts.
+struct BackwardKernels {
+  BackwardKernel prepare;        // panels: packs q and dout, delta and lse
+  BackwardKernel differentiate;  // chunk of keys: dk, dv, and the chunk's share of dq
+  BackwardKernel finish;         // panels: dq
+  // Batch and head of the bias, `first` its tile of keys or, where it is broadcast along them, its
+  // panel: d_attn_bias.
+  BackwardKernel differentiate_bias;
+};
+
+struct InstructionSet {
+  const char* name;     // "cpu:avx2"
+  bool (*supported)();  // by this processor and operating system
+  ForwardKernel forward;
+  BackwardKernels backward;
+  int64_t panel;
+};
+
+// Those that the kernels were compiled for, best first.
+std::vector<InstructionSet> instruction_sets();
+
+// Defined once for each of Highway's targets, by forward.cc and backward.cc.
+template <int64_t kTarget>
+ForwardKernel forward_kernel();
+template <int64_t kTarget>
+BackwardKernels backward_kernels();
+template <int64_t kTarget>
+int64_t panel_size();
+
+}  // namespace fa::cpu

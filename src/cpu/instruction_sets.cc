@@ -1,0 +1,47 @@
+// Which kernels there are, and what this processor can run of them.
+#include "cpu/call.h"
+#include "cpu/targets.h"
+
+#include <hwy/detect_targets.h>
+
+namespace fa::cpu {
+namespace {
+
+#if HWY_ARCH_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2");
+}
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+}
+bool has_sse4() { return __builtin_cpu_supports("sse4.2"); }
+#endif
+bool always() { return true; }
+
+template <int64_t kTarget>
+void add_if_compiled(const char* name, bool (*supported)(), std::vector<InstructionSet>& list) {
+  if constexpr ((HWY_TARGETS & kTarget) != 0) {
+    list.push_back({name, supported, forward_kernel<kTarget>(), backward_kernels<kTarget>(),
+                    panel_size<kTarget>()});
+  }
+}
+
+}  // namespace
+
+std::vector<InstructionSet> instruction_sets() {
+  std::vector<InstructionSet> list;
+#if HWY_ARCH_X86
+  add_if_compiled<HWY_AVX3>("cpu:avx512", has_avx512, list);
+  add_if_compiled<HWY_AVX2>("cpu:avx2", has_avx2, list);
+  add_if_compiled<HWY_SSE4>("cpu:sse4", has_sse4, list);
+#endif
+  add_if_compiled<HWY_NEON>("cpu:neon", always, list);
+  add_if_compiled<HWY_EMU128>("cpu:baseline", always, list);
+  add_if_compiled<HWY_SCALAR>("cpu:baseline", always, list);
+  return list;
+}
+
+}  // namespace fa::cpu

@@ -1,0 +1,49 @@
+// The plans of the CPU: how a call is cut into tasks, and where its workspace goes.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "core/implementation.h"
+#include "cpu/call.h"
+
+namespace fa::cpu {
+
+core::PlanPtr make_forward_plan(const core::AttentionProblem& problem, const InstructionSet& set);
+core::PlanPtr make_backward_plan(const core::AttentionProblem& problem, const InstructionSet& set);
+
+AttentionCall make_call(const core::AttentionArgs& args, const core::AttentionProblem& problem,
+                        const InstructionSet& set);
+
+// Heaviest first, so that no long task starts last. The order changes no result.
+template <class Task>
+void sort_by_cost(std::vector<Task>& tasks) {
+  const auto heavier = [](const Task& a, const Task& b) { return a.cost > b.cost; };
+  if (!std::is_sorted(tasks.begin(), tasks.end(), heavier)) {
+    std::stable_sort(tasks.begin(), tasks.end(), heavier);
+  }
+}
+
+// How many threads `flops` of work are worth: below about 20 us each, another one costs more than
+// it brings.
+inline int useful_workers(double flops, const core::Parallel& parallel) {
+  constexpr double kFlopsPerWorker = 2e6;
+  return static_cast<int>(
+      std::min(1.0 + flops / kFlopsPerWorker, static_cast<double>(parallel.num_workers())));
+}
+
+// Books parts of a workspace, in floats, each from a cache line on.
+class Booking {
+ public:
+  int64_t take(int64_t floats) {
+    const int64_t at = total_;
+    total_ += round_up(floats, kMaxLanes);
+    return at;
+  }
+  int64_t total() const { return total_; }
+
+ private:
+  int64_t total_ = 0;
+};
+
+}  // namespace fa::cpu

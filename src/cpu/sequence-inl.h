@@ -1,0 +1,243 @@
+// One (batch, key head) of a call: where its rows lie, what its queries see, how its scores are
+// transformed. Shared by every kernel.
+#if defined(FA_CPU_SEQUENCE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FA_CPU_SEQUENCE_INL_H_
+#undef FA_CPU_SEQUENCE_INL_H_
+#else
+#define FA_CPU_SEQUENCE_INL_H_
+#endif
+
+#include <algorithm>
+
+#include "cpu/score-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace fa::cpu {
+namespace HWY_NAMESPACE {
+
+// A tile of keys that panels of queries are held against.
+struct KeyTile {
+  semantics::Range keys;  // within the sequence
+  int64_t first_key;      // of row 0; aligned to kTileKeys
+};
+
+class SequenceRun {
+ public:
+  SequenceRun(const AttentionCall& call, int64_t batch, int64_t head_kv)
+      : call_(call),
+        problem_(call.problem),
+        args_(call.args),
+        sequence_(core::sequence(call.args, call.problem, batch)),
+        batch_(batch),
+        head_kv_(head_kv) {}
+
+  const core::Sequence& sequence() const { return sequence_; }
+
+  HWY_INLINE semantics::Range visible_keys(int64_t query) const {
+    return semantics::visible_keys(query, sequence_.seqlen_q, sequence_.seqlen_k, problem_.band);
+  }
+
+  // Panel `index` of the key head: the query heads of the group take turns.
+  HWY_INLINE QueryPanel panel(int64_t index) const {
+    const int64_t first = index / call_.group * kPanel;
+    const int64_t count = std::min<int64_t>(kPanel, sequence_.seqlen_q - first);
+    // Ends grow with the query, and so do beginnings.
+    return {head_kv_ * call_.group + index % call_.group,
+            first,
+            count,
+            {visible_keys(first).begin, visible_keys(first + count - 1).end}};
+  }
+
+  // Tiles start at multiples of kTileKeys whatever the task, so that a query's sums are grouped
+  // alike in every cut of the work.
+  template <class Body>
+  HWY_INLINE static void for_each_tile(semantics::Range keys, Body&& body) {
+    for (int64_t first = keys.begin / kTileKeys * kTileKeys; first < keys.end; first += kTileKeys) {
+      body(KeyTile{
+          {std::max<int64_t>(first, keys.begin), std::min<int64_t>(first + kTileKeys, keys.end)},
+          first});
+    }
+  }
+
+  // Copies the tile's rows of k or v to [kTileKeys][row_size], widened, from wherever the layout
+  // keeps them.
+  HWY_INLINE void load_rows(const core::TensorView& from, const KeyTile& tile, int64_t row_size,
+                            float* HWY_RESTRICT to) const {
+    const int64_t n = from.shape[from.ndim - 1];
+    const core::Rows rows = core::key_rows(from, sequence_);
+    dispatch_dtype(from.dtype, [&](auto dtype) HWY_ATTR {
+      for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
+        int64_t offset = rows.offset + key * rows.row_stride;
+        if (problem_.page_size > 0) {
+          const core::PagedRow at =
+              core::paged_row(args_.block_table, problem_.page_size, batch_, key);
+          offset = at.page * from.strides[0] + at.row * from.strides[1];
+        }
+        offset += head_kv_ * rows.head_stride;
+        widen_row<dtype()>(from.as<const char>() + offset * core::byte_size(dtype()), n,
+                           to + (key - tile.first_key) * row_size);
+      }
+    });
+  }
+
+  // The reverse: rounds the tile's rows, times factor, to dk or dv.
+  HWY_INLINE void store_rows(const core::TensorView& to, const KeyTile& tile,
+                             const float* HWY_RESTRICT from, int64_t row_size, float factor) const {
+    const core::Rows rows = core::key_rows(to, sequence_);
+    for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
+      narrow(from + (key - tile.first_key) * row_size, factor, to,
+             rows.offset + key * rows.row_stride + head_kv_ * rows.head_stride);
+    }
+  }
+
+  // Offset of a query's row of q, out and their like, in elements.
+  HWY_INLINE int64_t query_offset(const core::TensorView& view, int64_t head, int64_t query) const {
+    const core::Rows rows = core::query_rows(view, sequence_);
+    return rows.offset + query * rows.row_stride + head * rows.head_stride;
+  }
+
+  // to = the row of one query of a panel, widened, and zeros up to a whole vector.
+  HWY_INLINE void load_query(const core::TensorView& from, const QueryPanel& panel, int64_t query,
+                             float* HWY_RESTRICT to) const {
+    const int64_t offset = query_offset(from, panel.head, panel.first_query + query);
+    dispatch_dtype(from.dtype, [&](auto dtype) HWY_ATTR {
+      widen_row<dtype()>(from.as<const char>() + offset * core::byte_size(dtype()),
+                         from.shape[from.ndim - 1], to);
+    });
+  }
+
+  // Rounds a panel's rows, times factor, to dq.
+  HWY_INLINE void store_queries(const core::TensorView& to, const QueryPanel& panel,
+                                const float* HWY_RESTRICT from, int64_t row_size,
+                                float factor) const {
+    for (int64_t i = 0; i < panel.num_queries; ++i) {
+      narrow(from + i * row_size, factor, to, query_offset(to, panel.head, panel.first_query + i));
+    }
+  }
+
+  // to = (rows of the panel * factor)^T: [n][kPanel]; queries that only fill up the panel are zero.
+  // buffer: n floats, rounded up to a vector.
+  HWY_INLINE void load_transposed(const core::TensorView& from, const QueryPanel& panel,
+                                  float factor, float* HWY_RESTRICT buffer,
+                                  float* HWY_RESTRICT to) const {
+    const int64_t n = from.shape[from.ndim - 1];
+    const Float scale = hn::Set(kFloats, factor);
+    for (int64_t query = 0; query < panel.vectors() * kLanes; ++query) {
+      float* HWY_RESTRICT column = to + query;
+      if (query >= panel.num_queries) {
+        for (int64_t d = 0; d < n; ++d) column[d * kPanel] = 0.0f;
+        continue;
+      }
+      load_query(from, panel, query, buffer);
+      for (int64_t d = 0; d < n; d += kLanes) {
+        hn::Store(hn::Mul(hn::Load(kFloats, buffer + d), scale), kFloats, buffer + d);
+      }
+      for (int64_t d = 0; d < n; ++d) column[d * kPanel] = buffer[d];
+    }
+  }
+
+  // The panel's share of the tile; empty where it sees none of it.
+  HWY_INLINE ScoreTile score_tile(const QueryPanel& panel, const KeyTile& tile,
+                                  float* scores) const {
+    return {scores, tile.first_key, std::max(panel.keys.begin, tile.keys.begin) - tile.first_key,
+            std::min(panel.keys.end, tile.keys.end) - tile.first_key};
+  }
+
+  // The rows of the tile that the panel's queries in [first, last) see, for the products to clip.
+  HWY_INLINE auto keys_of(const QueryPanel& panel, const ScoreTile& tile) const {
+    const bool clips = crosses_band(panel, tile);
+    return [this, &panel, &tile, clips](int64_t first, int64_t last) HWY_ATTR {
+      if (!clips) return semantics::Range{tile.begin, tile.end};
+      const int64_t last_query = std::min(last, panel.num_queries) - 1;
+      return semantics::Range{
+          std::max<int64_t>(tile.begin,
+                            visible_keys(panel.first_query + first).begin - tile.first_key),
+          std::min<int64_t>(tile.end,
+                            visible_keys(panel.first_query + last_query).end - tile.first_key)};
+    };
+  }
+
+  // The panel's queries that see any of the tile's rows in [first, last).
+  HWY_INLINE auto queries_of(const QueryPanel& panel, const ScoreTile& tile) const {
+    const bool clips = crosses_band(panel, tile);
+    return [this, &panel, &tile, clips](int64_t first, int64_t last) HWY_ATTR {
+      if (!clips) return semantics::Range{0, panel.num_queries};
+      const auto seen_by = [&](int64_t row) HWY_ATTR {
+        return semantics::visible_queries(tile.first_key + row, sequence_.seqlen_q,
+                                          sequence_.seqlen_k, problem_.band);
+      };
+      return semantics::Range{
+          std::max<int64_t>(0, seen_by(first).begin - panel.first_query),
+          std::min<int64_t>(panel.num_queries, seen_by(last - 1).end - panel.first_query)};
+    };
+  }
+
+  HWY_INLINE float* lse_at(int64_t head, int64_t query) const {
+    const core::TensorView& lse = args_.lse;
+    if (problem_.layout == core::Layout::kVarlen) {
+      return lse.as<float>() + head * lse.strides[0] + (sequence_.q_begin + query) * lse.strides[1];
+    }
+    return lse.as<float>() + batch_ * lse.strides[0] + head * lse.strides[1] +
+           query * lse.strides[2];
+  }
+
+  // to[offset ...] = from * factor, rounded to to's dtype, one row.
+  HWY_INLINE static void narrow(const float* HWY_RESTRICT from, float factor,
+                                const core::TensorView& to, int64_t offset) {
+    dispatch_dtype(to.dtype, [&](auto dtype) HWY_ATTR {
+      narrow_row<dtype()>(from, hn::Set(kFloats, factor), to.shape[to.ndim - 1],
+                          to.as<char>() + offset * core::byte_size(dtype()));
+    });
+  }
+
+  // S = Q K^T, transformed and masked, in base 2. q: [depth][kPanel], times scale * log2(e).
+  // softcap_derivatives, where not null, gets those of tanh for each score.
+  HWY_INLINE void compute_scores(const float* q, const float* k, int64_t k_row,
+                                 const QueryPanel& panel, const ScoreTile& tile,
+                                 float* softcap_derivatives = nullptr) const {
+    score_product(q, panel.vectors(), k, k_row, problem_.head_dim, keys_of(panel, tile),
+                  tile.scores);
+    if (problem_.softcap) apply_softcap(panel, tile, args_.softcap, softcap_derivatives);
+    if (problem_.alibi) {
+      apply_alibi(panel, tile, alibi_slope(panel.head), sequence_.seqlen_k - sequence_.seqlen_q);
+    }
+    if (problem_.bias != core::BiasKind::kNone) apply_bias(panel, tile, bias(panel.head));
+    if (crosses_band(panel, tile)) {
+      apply_band(panel, tile, sequence_.seqlen_q, sequence_.seqlen_k, problem_.band);
+    }
+  }
+
+ private:
+  // Whether a key of the tile is hidden from a query of the panel.
+  HWY_INLINE bool crosses_band(const QueryPanel& panel, const ScoreTile& tile) const {
+    if (problem_.band.unbounded()) return false;
+    const semantics::Range first = visible_keys(panel.first_query);
+    const semantics::Range last = visible_keys(panel.first_query + panel.num_queries - 1);
+    return tile.first_key + tile.end > first.end || tile.first_key + tile.begin < last.begin;
+  }
+
+  HWY_INLINE float alibi_slope(int64_t head) const {
+    const core::TensorView& slopes = args_.alibi_slopes;
+    const float* at = slopes.as<const float>();
+    return slopes.ndim == 1 ? at[head * slopes.strides[0]]
+                            : at[batch_ * slopes.strides[0] + head * slopes.strides[1]];
+  }
+
+  HWY_INLINE Bias bias(int64_t head) const {
+    const core::TensorView& view = args_.attn_bias;
+    return {&view, batch_ * bias_stride(view, 4) + head * bias_stride(view, 3),
+            bias_stride(view, 2), bias_stride(view, 1), problem_.bias == core::BiasKind::kBoolean};
+  }
+
+  const AttentionCall& call_;
+  const core::AttentionProblem& problem_;
+  const core::AttentionArgs& args_;
+  const core::Sequence sequence_;
+  const int64_t batch_;
+  const int64_t head_kv_;
+};
+
+}  // namespace HWY_NAMESPACE
+}  // namespace fa::cpu
+HWY_AFTER_NAMESPACE();
+#endif
