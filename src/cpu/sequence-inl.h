@@ -116,23 +116,22 @@ class SequenceRun {
   }
 
   // to = (rows of the panel * factor)^T: [n][kPanel]; queries that only fill up the panel are zero.
-  // buffer: n floats, rounded up to a vector.
+  // buffer: 4 rows of n floats, each rounded up to a vector.
   HWY_INLINE void load_transposed(const core::TensorView& from, const QueryPanel& panel,
                                   float factor, float* HWY_RESTRICT buffer,
                                   float* HWY_RESTRICT to) const {
     const int64_t n = from.shape[from.ndim - 1];
-    const Float scale = hn::Set(kFloats, factor);
-    for (int64_t query = 0; query < panel.vectors() * kLanes; ++query) {
-      float* HWY_RESTRICT column = to + query;
-      if (query >= panel.num_queries) {
-        for (int64_t d = 0; d < n; ++d) column[d * kPanel] = 0.0f;
-        continue;
+    const int64_t row = round_up(n, kMaxLanes);
+    for (int64_t query = 0; query < round_up(panel.num_queries, std::max<int64_t>(kLanes, 4));
+         query += 4) {
+      for (int64_t i = 0; i < 4; ++i) {
+        if (query + i < panel.num_queries) {
+          load_query(from, panel, query + i, buffer + i * row);
+        } else {
+          std::fill_n(buffer + i * row, n, 0.0f);
+        }
       }
-      load_query(from, panel, query, buffer);
-      for (int64_t d = 0; d < n; d += kLanes) {
-        hn::Store(hn::Mul(hn::Load(kFloats, buffer + d), scale), kFloats, buffer + d);
-      }
-      for (int64_t d = 0; d < n; ++d) column[d * kPanel] = buffer[d];
+      transpose_4_rows<kPanel>(buffer, row, n, factor, to + query);
     }
   }
 

@@ -205,6 +205,38 @@ HWY_INLINE void narrow_row(const float* HWY_RESTRICT from, Float factor, int64_t
   }
 }
 
+// to[d * kToRow + i] = from[i * from_row + d] * factor, for 4 rows i and d in [0, n).
+template <int64_t kToRow>
+HWY_INLINE void transpose_4_rows(const float* HWY_RESTRICT from, int64_t from_row, int64_t n,
+                                 float factor, float* HWY_RESTRICT to) {
+  int64_t d = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::FixedTag<float, 4> four;
+  const hn::FixedTag<uint64_t, 2> pairs;
+  const auto scale = hn::Set(four, factor);
+  for (; d + 4 <= n; d += 4) {
+    const auto row0 = hn::LoadU(four, from + d);
+    const auto row1 = hn::LoadU(four, from + from_row + d);
+    const auto row2 = hn::LoadU(four, from + 2 * from_row + d);
+    const auto row3 = hn::LoadU(four, from + 3 * from_row + d);
+    const auto low01 = hn::BitCast(pairs, hn::InterleaveLower(four, row0, row1));
+    const auto low23 = hn::BitCast(pairs, hn::InterleaveLower(four, row2, row3));
+    const auto high01 = hn::BitCast(pairs, hn::InterleaveUpper(four, row0, row1));
+    const auto high23 = hn::BitCast(pairs, hn::InterleaveUpper(four, row2, row3));
+    const auto store = [&](auto column, int64_t at) HWY_ATTR {
+      hn::StoreU(hn::Mul(hn::BitCast(four, column), scale), four, to + (d + at) * kToRow);
+    };
+    store(hn::InterleaveLower(pairs, low01, low23), 0);
+    store(hn::InterleaveUpper(pairs, low01, low23), 1);
+    store(hn::InterleaveLower(pairs, high01, high23), 2);
+    store(hn::InterleaveUpper(pairs, high01, high23), 3);
+  }
+#endif
+  for (; d < n; ++d) {
+    for (int64_t i = 0; i < 4; ++i) to[d * kToRow + i] = from[i * from_row + d] * factor;
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace fa::cpu
 HWY_AFTER_NAMESPACE();
