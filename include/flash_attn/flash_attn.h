@@ -49,15 +49,16 @@ typedef struct fa_tensor {
   uint64_t byte_offset;   /* where the first element lies, from data */
 } fa_tensor;
 
-/* One attention call. Start from fa_attention_args_init(), then set what is wanted; a NULL tensor is
- * an option that is not used.
+/* One attention call. Start from fa_attention_args_init(), then set what is wanted; a NULL tensor
+ * is an option that is not used.
  *
  * Shapes (B batch, Sq/Sk sequence lengths, H/Hk heads of q and of k and v, H % Hk == 0, D/Dv
  * head_dim of q and k and of v and out):
  *   dense:  q [B, Sq, H, D]    k [B, Sk, Hk, D]    v [B, Sk, Hk, Dv]    out [B, Sq, H, Dv]
  *   varlen: q [total_q, H, D]  k [total_k, Hk, D]  v [total_k, Hk, Dv]  out [total_q, H, Dv]
  *   paged (with varlen): k [num_blocks, page_size, Hk, D], v [num_blocks, page_size, Hk, Dv]
- * q, k, v and out share one dtype: fp32, fp16 or bf16. Any strides, the last dimension contiguous. */
+ * q, k, v and out share one dtype: fp32, fp16 or bf16. Any strides with a contiguous last
+ * dimension. */
 typedef struct fa_attention_args {
   size_t struct_size; /* sizeof(fa_attention_args), set by fa_attention_args_init() */
 
@@ -75,8 +76,8 @@ typedef struct fa_attention_args {
   int64_t max_seqlen_q;          /* varlen: at least the longest sequence */
   int64_t max_seqlen_k;
 
-  const fa_tensor* alibi_slopes;   /* fp32 [H] or [B, H] */
-  const fa_tensor* attn_bias;      /* broadcastable to [B, H, Sq, Sk]; fp32 or q's dtype; bool: keep */
+  const fa_tensor* alibi_slopes; /* fp32 [H] or [B, H] */
+  const fa_tensor* attn_bias; /* broadcastable to [B, H, Sq, Sk]; fp32 or q's dtype; bool: keep */
   const fa_tensor* learnable_sink; /* [H], fp32 or q's dtype */
 
   const double* softmax_scale; /* NULL: D^-1/2 */
@@ -88,8 +89,9 @@ typedef struct fa_attention_args {
   uint64_t dropout_seed;
   uint64_t dropout_offset;
 
-  const char* backend; /* "cpu", "cpu:avx2", "reference"; NULL: FLASH_ATTENTION_BACKEND, or the best */
-  void* stream;        /* a CUDA stream; ignored on the CPU */
+  /* "cpu", "cpu:avx2", "reference"; NULL: FLASH_ATTENTION_BACKEND or the best; "": the best */
+  const char* backend;
+  void* stream; /* a CUDA stream; ignored on the CPU */
 } fa_attention_args;
 
 FA_API void fa_attention_args_init(fa_attention_args* args);
@@ -100,8 +102,8 @@ FA_API fa_status fa_forward(const fa_attention_args* args);
 
 /* The fp64 oracle that every backend is tested against: the same call, computed straight from the
  * formula. `out`, `lse` and `bound` are fp64 tensors of the shapes of out, lse and out; each may be
- * NULL, and else is row-major without gaps. bound is sum_j P_ij |v_jd|, which normalises the error of
- * out. args->out, args->lse and args->s_dmask are ignored. CPU only; slow. */
+ * NULL, and else is row-major without gaps. bound is sum_j P_ij |v_jd|, which normalises the error
+ * of out. args->out, args->lse and args->s_dmask are ignored. CPU only; slow. */
 FA_API fa_status fa_forward_oracle(const fa_attention_args* args, const fa_tensor* out,
                                    const fa_tensor* lse, const fa_tensor* bound);
 
@@ -118,8 +120,8 @@ FA_API const char* fa_implementation_name(int32_t device_type, int32_t index);
  * static text that says why. */
 FA_API int32_t fa_implementation_available(int32_t device_type, int32_t index, const char** reason);
 
-/* Threads that a CPU call uses at most, and where they come from ("own pool", "OpenMP runtime of the
- * process"). */
+/* Threads that a CPU call uses at most, and where they come from ("own pool", "OpenMP runtime of
+ * the process"). */
 FA_API int32_t fa_num_threads(const char** source);
 
 /* Adopts the OpenMP runtime in the shared library at `path`, which must be loaded in the process

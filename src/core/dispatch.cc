@@ -80,7 +80,8 @@ Result<Choice> choose_uncached(const AttentionProblem& problem, Device device,
     refusals += concat("\n  ", implementation.name, ": ", plan.status().message());
   }
   if (!forced.empty() && !known) {
-    return invalid_argument("FLASH_ATTENTION_BACKEND: '", forced, "' is not a backend for ",
+    return invalid_argument("backend: '", forced,
+                            "' (by argument or FLASH_ATTENTION_BACKEND) is not a backend for ",
                             name(device), "; known here: ", list_names(list));
   }
   return unsupported("no implementation on ", name(device), " takes this problem (",

@@ -39,6 +39,7 @@ struct AttentionProblem {
   bool wants_d_attn_bias = false;
   bool wants_d_learnable_sink = false;
   bool deterministic = false;
+  int64_t num_splits = 0;  // of the keys; 0: as the implementation likes
 
   auto fields() const {
     return std::tuple{direction,
@@ -64,7 +65,8 @@ struct AttentionProblem {
                       wants_s_dmask,
                       wants_d_attn_bias,
                       wants_d_learnable_sink,
-                      deterministic};
+                      deterministic,
+                      num_splits};
   }
   bool operator==(const AttentionProblem& other) const { return fields() == other.fields(); }
 };

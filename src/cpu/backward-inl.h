@@ -50,7 +50,7 @@ class BackwardTaskRun {
     p_ = scratch + layout.probabilities;
     ds_ = scratch + layout.score_gradients;
     derivatives_ = problem_.softcap ? scratch + layout.softcap_derivatives : nullptr;
-    num_panels_ = (run_.sequence().seqlen_q + kPanel - 1) / kPanel * call.group;
+    num_panels_ = call.panels_per_head_kv(run_.sequence());
     first_panel_ = call.first_panel[batch] + head_kv * num_panels_;
   }
 
@@ -62,8 +62,8 @@ class BackwardTaskRun {
     for (int64_t i = 0; i < kPanel; ++i) {
       panel.lse[i] = -kMinusInfinity;
       panel.delta[i] = 0.0f;
-      if (i >= panel.num_queries) continue;
-      const float lse = *run_.lse_at(panel.head, panel.first_query + i);
+      if (i >= panel.num_lanes) continue;
+      const float lse = *run_.lse_at(panel.head(i), panel.query(i));
       // A row without visible keys has +inf, or -inf from a sink that is; its P is 0 either way.
       if (lse != kMinusInfinity) panel.lse[i] = lse * static_cast<float>(semantics::kLog2e);
       run_.load_query(args_.out, panel, i, q_);
@@ -97,7 +97,7 @@ class BackwardTaskRun {
   // dq = scale * the chunks' shares, in their order.
   HWY_INLINE void finish(int64_t index) const {
     const BackwardPanel panel = this->panel(index);
-    const int64_t size = panel.num_queries * k_row_;
+    const int64_t size = panel.num_lanes * k_row_;
     for (int64_t chunk = 1; chunk < call_.num_chunks; ++chunk) {
       const float* HWY_RESTRICT share = panel.dq + chunk * kPanel * k_row_;
       for (int64_t i = 0; i < size; i += kLanes) {
@@ -185,7 +185,7 @@ class BackwardTaskRun {
     if (tile.begin >= tile.end) return;
     compute_gradients(panel, tile);
     if (derivatives_ != nullptr) apply_derivatives(panel, tile);
-    for (int64_t i = 0; i < panel.num_queries; ++i) {
+    for (int64_t i = 0; i < panel.num_lanes; ++i) {
       run_.load_query(args_.q, panel, i, q_ + i * k_row_);
       run_.load_query(args_.dout, panel, i, dout_ + i * v_row_);
     }
@@ -194,7 +194,7 @@ class BackwardTaskRun {
     const int64_t v_vectors = (problem_.head_dim_v + kLanes - 1) / kLanes;
     key_product(p_, dout_, v_row_, v_vectors, tile.begin, tile.end, queries_of, dv_);
     key_product(ds_, q_, k_row_, k_vectors, tile.begin, tile.end, queries_of, dk_);
-    value_product(ds_, panel.num_queries, k_, k_row_, k_vectors, run_.keys_of(panel, tile), true,
+    value_product(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile), true,
                   panel.dq + chunk * kPanel * k_row_);
   }
 

@@ -24,12 +24,6 @@ int64_t num_chunks(const AttentionProblem& problem) {
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles, 1));
 }
 
-// The most that the call's sequences can be cut into; each ends in a panel that may be partly
-// empty.
-int64_t max_panels(const AttentionProblem& problem, int64_t panel) {
-  return (problem.total_q / panel + problem.batch) * problem.num_heads;
-}
-
 // Rows [begin, end) of dq, dk or dv belong to no query or key in use.
 void clear_rows(const core::TensorView& gradient, int64_t index, int64_t begin, int64_t end) {
   const core::Rows rows = core::rows_from(gradient, index, 0);
@@ -67,7 +61,7 @@ class BackwardPlan final : public core::Plan {
         num_chunks_(num_chunks(problem)),
         scratch_floats_(BackwardScratch::layout(problem).total) {
     Booking book;
-    const int64_t panels = max_panels(problem, set.panel) * set.panel;
+    const int64_t panels = max_panels(problem, set.panel, false) * set.panel;
     q_ = book.take(panels * problem.head_dim);
     dout_ = book.take(panels * problem.head_dim_v);
     lse_ = book.take(panels);
@@ -83,11 +77,9 @@ class BackwardPlan final : public core::Plan {
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
     float* shared = static_cast<float*>(workspace);
-    std::vector<int64_t> first_panel;
     const BackwardCall call{
-        make_call(args, problem_, set_),
+        make_call(args, problem_, set_, false),
         {shared + q_, shared + dout_, shared + lse_, shared + delta_, shared + dq_},
-        number_panels(args, first_panel),
         num_chunks_};
     const auto run_all = [&](const std::vector<BackwardTask>& tasks, BackwardKernel kernel) {
       double flops = 0;
@@ -109,20 +101,6 @@ class BackwardPlan final : public core::Plan {
   }
 
  private:
-  int64_t panels_per_head_kv(const core::Sequence& sequence) const {
-    return (sequence.seqlen_q + set_.panel - 1) / set_.panel * problem_.num_heads /
-           problem_.num_heads_kv;
-  }
-
-  const int64_t* number_panels(const AttentionArgs& args, std::vector<int64_t>& first_panel) const {
-    int64_t next = 0;
-    for (int64_t b = 0; b < problem_.batch; ++b) {
-      first_panel.push_back(next);
-      next += panels_per_head_kv(core::sequence(args, problem_, b)) * problem_.num_heads_kv;
-    }
-    return first_panel.data();
-  }
-
   std::vector<BackwardTask> panel_tasks(const BackwardCall& call) const {
     constexpr int64_t kPanelsPerTask = 8;
     // Reading and transposing a row costs about as much as this many operations per element.
@@ -130,7 +108,7 @@ class BackwardPlan final : public core::Plan {
     const double cost = kFlopsPerElement * static_cast<double>(set_.panel * problem_.head_dim);
     std::vector<BackwardTask> tasks;
     for (int32_t b = 0; b < problem_.batch; ++b) {
-      const int64_t panels = panels_per_head_kv(core::sequence(call.args, problem_, b));
+      const int64_t panels = call.panels_per_head_kv(core::sequence(call.args, problem_, b));
       for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
         for (int64_t first = 0; first < panels; first += kPanelsPerTask) {
           const int64_t count = std::min(kPanelsPerTask, panels - first);
@@ -202,7 +180,7 @@ class BackwardPlan final : public core::Plan {
       double sum = 0;
       for (int64_t b = 0; b < problem_.batch; ++b) {
         const core::Sequence sequence = core::sequence(args, problem_, b);
-        const int64_t first = call.first_panel[b] + head_kv * panels_per_head_kv(sequence);
+        const int64_t first = call.first_panel[b] + head_kv * call.panels_per_head_kv(sequence);
         for (int64_t i = 0; i < sequence.seqlen_q; ++i) {
           const int64_t panel = first + i / set_.panel * call.group + head % call.group;
           const int64_t at = panel * set_.panel + i % set_.panel;

@@ -21,24 +21,46 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Consecutive panels of one (batch, key head): panel p covers queries of head
-// kv_head * group + p % group, so that neighbours read the same keys.
-struct ForwardTask {
-  int32_t batch;
-  int32_t head_kv;
-  int64_t first_panel;
-  int64_t num_panels;
-  double cost;  // query-key pairs, to start the heaviest first
-};
-
 struct AttentionCall {
   const core::AttentionArgs& args;
   const core::AttentionProblem& problem;
   float scale_log2;  // softmax_scale * log2(e): scores are kept in base 2
   int64_t group;     // query heads per key head
-  int64_t panel;     // queries per panel on the instruction set that runs
+  int64_t panel;     // lanes per panel on the instruction set that runs
+  bool packs_group;  // a panel holds the queries of all heads of a group
   semantics::DropoutKey dropout_key;
   semantics::Word dropout_threshold;
+  // The number of the first panel of each batch, all panels of the call counted.
+  std::vector<int64_t> first_panel;
+
+  // Unpacked, panel p of a key head covers queries of head kv_head * group + p % group, so that
+  // neighbours read the same keys.
+  int64_t panels_per_head_kv(const core::Sequence& sequence) const {
+    if (sequence.seqlen_q == 0) return 0;
+    return packs_group ? 1 : (sequence.seqlen_q + panel - 1) / panel * group;
+  }
+};
+
+// Consecutive panels of one (batch, key head), against all keys or one split of them.
+struct ForwardTask {
+  int32_t batch;
+  int32_t head_kv;
+  int64_t first_panel;
+  int64_t num_panels;
+  int64_t split;
+  double cost;  // query-key pairs, to start the heaviest first
+};
+
+// States of the online softmax, per panel and split.
+struct PartialResults {
+  float* o;            // [slots][panel][Dv rounded up]
+  float* running_max;  // [slots][panel]
+  float* running_sum;  // [slots][panel]
+};
+
+struct ForwardCall : AttentionCall {
+  int64_t num_splits;  // of the keys; 1: each task finishes its panels
+  PartialResults partials;
 };
 
 // Where the scratch of one worker lies, in floats. Sized for the whole task.
@@ -46,12 +68,6 @@ struct ForwardScratch {
   int64_t q, o, running_max, running_sum, k, v, scores, total;
   static ForwardScratch layout(const core::AttentionProblem& problem, int64_t max_panels);
 };
-
-// As many panels as keep their queries and accumulators within a core's L2 cache.
-int64_t panels_per_task(const core::AttentionProblem& problem, int64_t panel);
-
-// Cuts a call into tasks, heaviest first. Depends on the problem and the lengths alone.
-std::vector<ForwardTask> cut_forward(const AttentionCall& call, int64_t max_panels);
 
 // A bias's dimensions counted from the right: 1 keys, 2 queries, 3 heads, 4 batch. Those that it
 // lacks or that are 1 are broadcast.
@@ -64,11 +80,14 @@ inline int64_t bias_stride(const core::TensorView& bias, int from_right) {
 }
 
 // Runs one task on one instruction set. scratch: ForwardScratch::total floats.
-using ForwardKernel = void (*)(const AttentionCall& call, const ForwardTask& task, float* scratch);
+using ForwardKernel = void (*)(const ForwardCall& call, const ForwardTask& task, float* scratch);
 
-// What the tasks of a backward share, in floats from the start of the workspace. A panel is counted
-// over the whole call: the first of (batch, head_kv) is number first_panel[batch] +
-// head_kv * panels_per_head_kv(batch).
+struct ForwardKernels {
+  ForwardKernel attend;   // one split of the keys, or all
+  ForwardKernel combine;  // the splits; not called where there is one
+};
+
+// What the tasks of a backward share, in the workspace. Panels are counted over the whole call.
 struct BackwardBuffers {
   float* q;      // Q^T of each panel, times scale * log2(e): [panels][D][panel]
   float* dout;   // dO^T of each panel: [panels][Dv][panel]
@@ -88,8 +107,7 @@ struct BackwardTask {
 
 struct BackwardCall : AttentionCall {
   BackwardBuffers buffers;
-  const int64_t* first_panel;  // per batch
-  int64_t num_chunks;          // of the keys of each (batch, key head), each with a dQ of its own
+  int64_t num_chunks;  // of the keys of each (batch, key head), each with a dQ of its own
 };
 
 // Where the scratch of one worker lies, in floats.
@@ -114,7 +132,7 @@ struct BackwardKernels {
 struct InstructionSet {
   const char* name;     // "cpu:avx2"
   bool (*supported)();  // by this processor and operating system
-  ForwardKernel forward;
+  ForwardKernels forward;
   BackwardKernels backward;
   int64_t panel;
 };
@@ -124,7 +142,7 @@ std::vector<InstructionSet> instruction_sets();
 
 // Defined once for each of Highway's targets, by forward.cc and backward.cc.
 template <int64_t kTarget>
-ForwardKernel forward_kernel();
+ForwardKernels forward_kernels();
 template <int64_t kTarget>
 BackwardKernels backward_kernels();
 template <int64_t kTarget>

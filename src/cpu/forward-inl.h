@@ -35,10 +35,10 @@ HWY_INLINE Float finite_maximum(Float maximum) {
 // Multiplies the accumulators of queries whose maximum rose.
 HWY_INLINE void rescale(const ForwardPanel& panel, const float* HWY_RESTRICT correction,
                         int64_t value_row) {
-  for (int64_t query = 0; query < panel.num_queries; ++query) {
-    if (correction[query] == 1.0f) continue;
-    const Float factor = hn::Set(kFloats, correction[query]);
-    float* HWY_RESTRICT o = panel.o + query * value_row;
+  for (int64_t lane = 0; lane < panel.num_lanes; ++lane) {
+    if (correction[lane] == 1.0f) continue;
+    const Float factor = hn::Set(kFloats, correction[lane]);
+    float* HWY_RESTRICT o = panel.o + lane * value_row;
     for (int64_t d = 0; d < value_row; d += kLanes) {
       hn::Store(hn::Mul(hn::Load(kFloats, o + d), factor), kFloats, o + d);
     }
@@ -91,7 +91,7 @@ HWY_INLINE void online_softmax(ForwardPanel& panel, const ScoreTile& tile, int64
 
 class ForwardTaskRun {
  public:
-  ForwardTaskRun(const AttentionCall& call, const ForwardTask& task, float* scratch)
+  ForwardTaskRun(const ForwardCall& call, const ForwardTask& task, float* scratch)
       : call_(call),
         problem_(call.problem),
         args_(call.args),
@@ -103,16 +103,17 @@ class ForwardTaskRun {
     k_ = scratch + layout.k;
     v_ = scratch + layout.v;
     scores_ = scratch + layout.scores;
+    PartialResults own{scratch + layout.o, scratch + layout.running_max,
+                       scratch + layout.running_sum};
     for (int64_t p = 0; p < task.num_panels; ++p) {
-      panels_[p] = {run_.panel(task.first_panel + p),
-                    false,
-                    scratch + layout.q + p * problem_.head_dim * kPanel,
-                    scratch + layout.o + p * v_row_ * kPanel,
-                    scratch + layout.running_max + p * kPanel,
-                    scratch + layout.running_sum + p * kPanel};
+      const QueryPanel panel = run_.panel(task.first_panel + p);
+      float* q = scratch + layout.q + p * problem_.head_dim * kPanel;
+      panels_[p] = call.num_splits > 1 ? forward_panel(panel, q, call.partials, slot(p, task.split))
+                                       : forward_panel(panel, q, own, p);
     }
   }
 
+  // All keys of the task's panels, or one part of them.
   HWY_INLINE void run() {
     semantics::Range keys{run_.sequence().seqlen_k, 0};
     for (int64_t p = 0; p < task_.num_panels; ++p) {
@@ -120,16 +121,90 @@ class ForwardTaskRun {
       keys.begin = std::min(keys.begin, panels_[p].keys.begin);
       keys.end = std::max(keys.end, panels_[p].keys.end);
     }
-    run_.for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
+    run_.for_each_tile(part_of(keys), [&](const KeyTile& tile) HWY_ATTR {
       run_.load_rows(args_.k, tile, k_row_, k_);
       run_.load_rows(args_.v, tile, v_row_, v_);
       for (int64_t p = 0; p < task_.num_panels; ++p) attend(panels_[p], tile);
     });
-    for (int64_t p = 0; p < task_.num_panels; ++p) store_outputs(panels_[p]);
+    for (int64_t p = 0; p < task_.num_panels; ++p) {
+      ForwardPanel& panel = panels_[p];
+      if (!panel.started) {
+        std::fill_n(panel.running_max, panel.num_lanes, kMinusInfinity);
+        std::fill_n(panel.running_sum, panel.num_lanes, 0.0f);
+      }
+      if (call_.num_splits == 1) store_outputs(panel);
+    }
     if (problem_.wants_s_dmask) write_s_dmask(keys);
   }
 
+  // Joins the parts of each panel, in their order, in the first one.
+  HWY_INLINE void combine() {
+    for (int64_t p = 0; p < task_.num_panels; ++p) {
+      ForwardPanel& panel = panels_[p];
+      for (int64_t split = 1; split < call_.num_splits; ++split) {
+        const ForwardPanel part = forward_panel(panel, nullptr, call_.partials, slot(p, split));
+        for (int64_t lane = 0; lane < panel.num_lanes; ++lane) join(panel, part, lane);
+      }
+      store_outputs(panel);
+    }
+  }
+
  private:
+  HWY_INLINE ForwardPanel forward_panel(const QueryPanel& panel, float* q,
+                                        const PartialResults& results, int64_t slot) const {
+    return {panel,
+            false,
+            q,
+            results.o + slot * kPanel * v_row_,
+            results.running_max + slot * kPanel,
+            results.running_sum + slot * kPanel};
+  }
+
+  // Where the results of a split of panel p lie.
+  HWY_INLINE int64_t slot(int64_t p, int64_t split) const {
+    const int64_t number = call_.first_panel[task_.batch] +
+                           task_.head_kv * call_.panels_per_head_kv(run_.sequence()) +
+                           task_.first_panel + p;
+    return number * call_.num_splits + split;
+  }
+
+  // The task's split of `keys`, in whole tiles.
+  HWY_INLINE semantics::Range part_of(semantics::Range keys) const {
+    if (call_.num_splits == 1 || keys.empty()) return keys;
+    const int64_t first = keys.begin / kTileKeys;
+    const int64_t tiles = (keys.end - 1) / kTileKeys + 1 - first;
+    const auto boundary = [&](int64_t split) HWY_ATTR {
+      return (first + split * tiles / call_.num_splits) * kTileKeys;
+    };
+    return {std::max<int64_t>(keys.begin, boundary(task_.split)),
+            std::min<int64_t>(keys.end, boundary(task_.split + 1))};
+  }
+
+  // One lane of `part`, whose keys follow, into `panel`.
+  HWY_INLINE void join(const ForwardPanel& panel, const ForwardPanel& part, int64_t lane) const {
+    float& maximum = panel.running_max[lane];
+    float& sum = panel.running_sum[lane];
+    const float other = part.running_max[lane];
+    if (other == kMinusInfinity) return;  // no visible key, and o undefined
+    float* HWY_RESTRICT o = panel.o + lane * v_row_;
+    const float* HWY_RESTRICT other_o = part.o + lane * v_row_;
+    if (maximum == kMinusInfinity) {
+      std::copy_n(other_o, v_row_, o);
+      maximum = other;
+      sum = part.running_sum[lane];
+      return;
+    }
+    const float joint = std::max(maximum, other);
+    const float mine = std::exp2(maximum - joint), others = std::exp2(other - joint);
+    for (int64_t d = 0; d < v_row_; d += kLanes) {
+      const Float scaled = hn::Mul(hn::Load(kFloats, o + d), hn::Set(kFloats, mine));
+      hn::Store(hn::MulAdd(hn::Load(kFloats, other_o + d), hn::Set(kFloats, others), scaled),
+                kFloats, o + d);
+    }
+    sum = sum * mine + part.running_sum[lane] * others;
+    maximum = joint;
+  }
+
   // S, P = softmax(S), O += P V for one panel and one tile.
   HWY_INLINE void attend(ForwardPanel& panel, const KeyTile& keys) const {
     const ScoreTile tile = run_.score_tile(panel, keys, scores_);
@@ -138,7 +213,7 @@ class ForwardTaskRun {
     online_softmax(panel, tile, v_row_);
     if (problem_.dropout) apply_dropout(call_, panel, tile, task_.batch);
     const int64_t value_vectors = (problem_.head_dim_v + kLanes - 1) / kLanes;
-    value_product(scores_, panel.num_queries, v_, v_row_, value_vectors, run_.keys_of(panel, tile),
+    value_product(scores_, panel.num_lanes, v_, v_row_, value_vectors, run_.keys_of(panel, tile),
                   panel.started, panel.o);
     panel.started = true;
   }
@@ -148,30 +223,29 @@ class ForwardTaskRun {
     return core::load_element(sink, head * sink.strides[0]) * static_cast<float>(semantics::kLog2e);
   }
 
-  // out = O / sum, lse = ln(sum) + max, each query's row.
+  // out = O / sum, lse = ln(sum) + max, each lane's row.
   HWY_INLINE void store_outputs(const ForwardPanel& panel) const {
     const float keep = 1.0f / (1.0f - static_cast<float>(args_.dropout_p));
-    for (int64_t query = 0; query < panel.num_queries; ++query) {
-      float maximum = panel.started ? panel.running_max[query] : kMinusInfinity;
-      float sum = panel.started ? panel.running_sum[query] : 0.0f;
+    for (int64_t lane = 0; lane < panel.num_lanes; ++lane) {
+      float maximum = panel.running_max[lane];
+      float sum = panel.running_sum[lane];
       float correction = 1.0f;
+      const bool none = sum == 0.0f;
       if (problem_.sink) {  // one more term of the denominator, without a value
-        const float sink = sink_log2(panel.head);
+        const float sink = sink_log2(panel.head(lane));
         const float joint = std::max({maximum, sink, std::numeric_limits<float>::lowest()});
         correction = std::exp2(maximum - joint);
         sum = sum * correction + std::exp2(sink - joint);
         maximum = joint;
       }
-      const int64_t at = run_.query_offset(args_.out, panel.head, panel.first_query + query);
-      const bool none = !panel.started || sum == 0.0f;
-      float* o = panel.o + query * v_row_;
+      float* o = panel.o + lane * v_row_;
       if (none) std::fill_n(o, v_row_, 0.0f);
+      const int64_t at = run_.query_offset(args_.out, panel.head(lane), panel.query(lane));
       run_.narrow(o, none ? 0.0f : keep * correction / sum, args_.out, at);
       if (problem_.wants_lse) {
-        const float lse = sum == 0.0f
-                              ? -kMinusInfinity
-                              : maximum * static_cast<float>(semantics::kLn2) + std::log(sum);
-        *run_.lse_at(panel.head, panel.first_query + query) = lse;
+        const float no_term = problem_.sink ? kMinusInfinity : -kMinusInfinity;
+        *run_.lse_at(panel.head(lane), panel.query(lane)) =
+            sum == 0.0f ? no_term : maximum * static_cast<float>(semantics::kLn2) + std::log(sum);
       }
     }
   }
@@ -206,17 +280,17 @@ class ForwardTaskRun {
 
   HWY_INLINE void copy_s_dmask(const QueryPanel& panel, const ScoreTile& tile) const {
     const core::TensorView& to = args_.s_dmask;
-    for (int64_t query = 0; query < panel.num_queries; ++query) {
-      const int64_t row_offset = task_.batch * to.strides[0] + panel.head * to.strides[1] +
-                                 (panel.first_query + query) * to.strides[2];
+    for (int64_t lane = 0; lane < panel.num_lanes; ++lane) {
+      const int64_t row_offset = task_.batch * to.strides[0] + panel.head(lane) * to.strides[1] +
+                                 panel.query(lane) * to.strides[2];
       for (int64_t row = tile.begin; row < tile.end; ++row) {
         core::store_element(to, row_offset + (tile.first_key + row) * to.strides[3],
-                            tile.scores[row * kPanel + query]);
+                            tile.scores[row * kPanel + lane]);
       }
     }
   }
 
-  const AttentionCall& call_;
+  const ForwardCall& call_;
   const core::AttentionProblem& problem_;
   const core::AttentionArgs& args_;
   const SequenceRun run_;
@@ -229,8 +303,12 @@ class ForwardTaskRun {
   ForwardPanel panels_[kMaxPanels];
 };
 
-void forward_task(const AttentionCall& call, const ForwardTask& task, float* scratch) {
+void forward_attend(const ForwardCall& call, const ForwardTask& task, float* scratch) {
   ForwardTaskRun(call, task, scratch).run();
+}
+
+void forward_combine(const ForwardCall& call, const ForwardTask& task, float* scratch) {
+  ForwardTaskRun(call, task, scratch).combine();
 }
 
 }  // namespace HWY_NAMESPACE

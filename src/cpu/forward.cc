@@ -11,8 +11,8 @@
 namespace fa::cpu {
 
 template <>
-ForwardKernel forward_kernel<HWY_TARGET>() {
-  return HWY_NAMESPACE::forward_task;
+ForwardKernels forward_kernels<HWY_TARGET>() {
+  return {HWY_NAMESPACE::forward_attend, HWY_NAMESPACE::forward_combine};
 }
 
 template <>

@@ -14,6 +14,63 @@ using core::Status;
 
 // Half of a small core's L2; the other half is for keys, values and scores.
 constexpr int64_t kPanelBytes = 256 * 1024;
+// Tasks that a call should be cut into, for many threads to share; their number must not depend on
+// the threads.
+constexpr int64_t kWantedTasks = 64;
+constexpr int64_t kWantedTasksOfSplits = 32;
+// Below this many keys a split costs more than another thread brings.
+constexpr int64_t kMinKeysPerSplit = 512;
+
+// How a call is cut. Follows from the problem and the longest sequences, so that a max_seqlen that
+// is larger than needed changes nothing.
+struct Cut {
+  bool packs_group;         // the queries of a whole group of heads fit into one panel
+  int64_t panels_per_task;  // as many as keep their state within a core's L2 cache
+  int64_t num_splits;
+
+  Cut(const AttentionProblem& problem, int64_t panel, bool packs, int64_t seqlen_k)
+      : packs_group(packs) {
+    const int64_t panels = std::max<int64_t>(max_panels(problem, panel, packs), 1);
+    const int64_t panel_bytes =
+        panel * (problem.head_dim + problem.head_dim_v) * static_cast<int64_t>(sizeof(float));
+    const int64_t in_cache = std::clamp<int64_t>(kPanelBytes / panel_bytes, 1, kMaxPanels);
+    panels_per_task = std::clamp<int64_t>(panels / kWantedTasks, 1, in_cache);
+    const int64_t wanted = (kWantedTasksOfSplits + panels - 1) / panels;
+    num_splits = std::clamp<int64_t>(seqlen_k / kMinKeysPerSplit, 1, wanted);
+    if (problem.num_splits > 0) num_splits = problem.num_splits;
+    if (problem.wants_s_dmask) num_splits = 1;  // its values need the maximum over all keys
+  }
+};
+
+bool packs_group(const AttentionProblem& problem, int64_t panel, int64_t seqlen_q) {
+  const int64_t group = problem.num_heads / problem.num_heads_kv;
+  return group > 1 && seqlen_q > 0 && seqlen_q * group <= panel;
+}
+
+Cut actual_cut(const AttentionArgs& args, const AttentionProblem& problem, int64_t panel) {
+  int64_t seqlen_q = 0, seqlen_k = 0;
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    const core::Sequence sequence = core::sequence(args, problem, b);
+    seqlen_q = std::max(seqlen_q, sequence.seqlen_q);
+    seqlen_k = std::max(seqlen_k, sequence.seqlen_k);
+  }
+  return Cut(problem, panel, packs_group(problem, panel, seqlen_q), seqlen_k);
+}
+
+// What the tasks of a call share: PartialResults, in floats from the start of the workspace.
+struct SharedLayout {
+  int64_t o = 0, running_max = 0, running_sum = 0, total = 0;
+
+  SharedLayout(const AttentionProblem& problem, int64_t panel, const Cut& cut) {
+    if (cut.num_splits == 1) return;
+    Booking book;
+    const int64_t lanes = max_panels(problem, panel, cut.packs_group) * cut.num_splits * panel;
+    o = book.take(lanes * round_up(problem.head_dim_v, kMaxLanes));
+    running_max = book.take(lanes);
+    running_sum = book.take(lanes);
+    total = book.total();
+  }
+};
 
 // Rows of q past the last sequence belong to none: out = 0, lse = +inf, as for any row that sees
 // no key.
@@ -49,53 +106,123 @@ void clear_s_dmask(const core::TensorView& s) {
 class ForwardPlan final : public core::Plan {
  public:
   ForwardPlan(const AttentionProblem& problem, const InstructionSet& set)
-      : problem_(problem),
-        set_(set),
-        max_panels_(panels_per_task(problem, set.panel)),
-        scratch_floats_(ForwardScratch::layout(problem, max_panels_).total) {}
+      : problem_(problem), set_(set) {
+    for (const bool packs : {false, true}) {
+      const Cut cut(problem, set.panel, packs, problem.seqlen_k);
+      shared_floats_ = std::max(shared_floats_, SharedLayout(problem, set.panel, cut).total);
+      scratch_floats_ =
+          std::max(scratch_floats_, ForwardScratch::layout(problem, cut.panels_per_task).total);
+    }
+  }
 
   int64_t workspace_bytes(int num_workers) const override {
-    return num_workers * scratch_floats_ * static_cast<int64_t>(sizeof(float));
+    return (shared_floats_ + num_workers * scratch_floats_) * static_cast<int64_t>(sizeof(float));
   }
 
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
-    const AttentionCall call = make_call(args, problem_, set_);
+    float* shared = static_cast<float*>(workspace);
+    const Cut cut = actual_cut(args, problem_, set_.panel);
+    const SharedLayout layout(problem_, set_.panel, cut);
+    const ForwardCall call{
+        make_call(args, problem_, set_, cut.packs_group),
+        cut.num_splits,
+        {shared + layout.o, shared + layout.running_max, shared + layout.running_sum}};
     fill_rows_past_the_end(args, problem_);
     if (problem_.wants_s_dmask) clear_s_dmask(args.s_dmask);
 
-    const std::vector<ForwardTask> tasks = cut_forward(call, max_panels_);
-    double flops = 0;
-    for (const ForwardTask& task : tasks) {
-      flops += 2.0 * task.cost * static_cast<double>(problem_.head_dim + problem_.head_dim_v);
-    }
-    const int workers = useful_workers(flops, *stream.parallel);
-    float* scratch = static_cast<float*>(workspace);
-    core::parallel_for(*stream.parallel, static_cast<int64_t>(tasks.size()), workers,
-                       [&](int64_t task, int worker) {
-                         set_.forward(call, tasks[task], scratch + worker * scratch_floats_);
-                       });
+    const auto run_all = [&](const std::vector<ForwardTask>& tasks, ForwardKernel kernel) {
+      double flops = 0;
+      for (const ForwardTask& task : tasks) {
+        flops += 2.0 * task.cost * static_cast<double>(problem_.head_dim + problem_.head_dim_v);
+      }
+      core::parallel_for(*stream.parallel, static_cast<int64_t>(tasks.size()),
+                         useful_workers(flops, *stream.parallel), [&](int64_t task, int worker) {
+                           kernel(call, tasks[task],
+                                  shared + shared_floats_ + worker * scratch_floats_);
+                         });
+    };
+    run_all(attend_tasks(call, cut), set_.forward.attend);
+    if (cut.num_splits > 1) run_all(combine_tasks(call, cut), set_.forward.combine);
     return {};
   }
 
  private:
+  std::vector<ForwardTask> attend_tasks(const ForwardCall& call, const Cut& cut) const {
+    std::vector<ForwardTask> tasks;
+    for_each_block(call, cut, [&](ForwardTask task, const core::Sequence& sequence) {
+      task.cost = pairs(call, task, sequence) / static_cast<double>(cut.num_splits);
+      for (task.split = 0; task.split < cut.num_splits; ++task.split) tasks.push_back(task);
+    });
+    sort_by_cost(tasks);
+    return tasks;
+  }
+
+  std::vector<ForwardTask> combine_tasks(const ForwardCall& call, const Cut& cut) const {
+    std::vector<ForwardTask> tasks;
+    for_each_block(call, cut, [&](ForwardTask task, const core::Sequence&) {
+      task.cost = static_cast<double>(task.num_panels * set_.panel * cut.num_splits);
+      tasks.push_back(task);
+    });
+    return tasks;
+  }
+
+  // Calls body(task, sequence) for each run of panels.
+  template <class Body>
+  void for_each_block(const ForwardCall& call, const Cut& cut, Body&& body) const {
+    for (int32_t b = 0; b < problem_.batch; ++b) {
+      const core::Sequence sequence = core::sequence(call.args, problem_, b);
+      const int64_t panels = call.panels_per_head_kv(sequence);
+      for (int64_t first = 0; first < panels; first += cut.panels_per_task) {
+        const int64_t count = std::min(cut.panels_per_task, panels - first);
+        for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
+          body(ForwardTask{b, h, first, count, 0, 0.0}, sequence);
+        }
+      }
+    }
+  }
+
+  // Query-key pairs of a run of panels, to within the corners that the band cuts off.
+  double pairs(const ForwardCall& call, const ForwardTask& task,
+               const core::Sequence& sequence) const {
+    const auto visible = [&](int64_t query) {
+      return semantics::visible_keys(query, sequence.seqlen_q, sequence.seqlen_k, problem_.band);
+    };
+    const int64_t first = call.packs_group ? 0 : task.first_panel / call.group * call.panel;
+    const int64_t end =
+        call.packs_group ? sequence.seqlen_q
+                         : ((task.first_panel + task.num_panels - 1) / call.group + 1) * call.panel;
+    const int64_t last = std::min(end, sequence.seqlen_q) - 1;
+    const int64_t keys = std::max<int64_t>(visible(last).end - visible(first).begin, 0);
+    return static_cast<double>(task.num_panels * call.panel) * static_cast<double>(keys);
+  }
+
   const AttentionProblem problem_;
   const InstructionSet set_;
-  const int64_t max_panels_;
-  const int64_t scratch_floats_;
+  int64_t shared_floats_ = 0;
+  int64_t scratch_floats_ = 0;
 };
 
 }  // namespace
 
 AttentionCall make_call(const AttentionArgs& args, const AttentionProblem& problem,
-                        const InstructionSet& set) {
-  return {.args = args,
-          .problem = problem,
-          .scale_log2 = static_cast<float>(core::softmax_scale(args) * semantics::kLog2e),
-          .group = problem.num_heads / problem.num_heads_kv,
-          .panel = set.panel,
-          .dropout_key = semantics::dropout_key(args.dropout_seed, args.dropout_offset),
-          .dropout_threshold = semantics::dropout_threshold(args.dropout_p)};
+                        const InstructionSet& set, bool packs_group) {
+  AttentionCall call{
+      .args = args,
+      .problem = problem,
+      .scale_log2 = static_cast<float>(core::softmax_scale(args) * semantics::kLog2e),
+      .group = problem.num_heads / problem.num_heads_kv,
+      .panel = set.panel,
+      .packs_group = packs_group,
+      .dropout_key = semantics::dropout_key(args.dropout_seed, args.dropout_offset),
+      .dropout_threshold = semantics::dropout_threshold(args.dropout_p),
+      .first_panel = {}};
+  int64_t next = 0;
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    call.first_panel.push_back(next);
+    next += call.panels_per_head_kv(core::sequence(args, problem, b)) * problem.num_heads_kv;
+  }
+  return call;
 }
 
 core::PlanPtr make_forward_plan(const AttentionProblem& problem, const InstructionSet& set) {
@@ -116,45 +243,6 @@ ForwardScratch ForwardScratch::layout(const AttentionProblem& problem, int64_t m
   layout.scores = book.take(kTileKeys * kMaxPanel);
   layout.total = book.total();
   return layout;
-}
-
-int64_t panels_per_task(const AttentionProblem& problem, int64_t panel) {
-  const int64_t panel_bytes =
-      panel * (problem.head_dim + problem.head_dim_v) * static_cast<int64_t>(sizeof(float));
-  const int64_t in_cache = std::clamp<int64_t>(kPanelBytes / panel_bytes, 1, kMaxPanels);
-  // A fixed number of tasks, enough for many threads to share, whatever their number.
-  constexpr int64_t kWantedTasks = 64;
-  const int64_t group = problem.num_heads / problem.num_heads_kv;
-  const int64_t panels_per_head_kv = (problem.seqlen_q + panel - 1) / panel * group;
-  const int64_t panels = problem.batch * problem.num_heads_kv * panels_per_head_kv;
-  return std::clamp<int64_t>(panels / kWantedTasks, 1, in_cache);
-}
-
-std::vector<ForwardTask> cut_forward(const AttentionCall& call, int64_t max_panels) {
-  const AttentionProblem& problem = call.problem;
-  std::vector<ForwardTask> tasks;
-  for (int64_t b = 0; b < problem.batch; ++b) {
-    const core::Sequence sequence = core::sequence(call.args, problem, b);
-    const int64_t panels = (sequence.seqlen_q + call.panel - 1) / call.panel * call.group;
-    for (int64_t first = 0; first < panels; first += max_panels) {
-      const int64_t count = std::min(max_panels, panels - first);
-      const int64_t last_query =
-          std::min((first + count - 1) / call.group * call.panel + call.panel, sequence.seqlen_q) -
-          1;
-      const auto visible = [&](int64_t query) {
-        return semantics::visible_keys(query, sequence.seqlen_q, sequence.seqlen_k, problem.band);
-      };
-      const int64_t begin = visible(first / call.group * call.panel).begin;
-      const int64_t end = visible(last_query).end;
-      const double pairs = static_cast<double>(count * call.panel) *
-                           static_cast<double>(std::max<int64_t>(end - begin, 0));
-      for (int64_t h = 0; h < problem.num_heads_kv; ++h) {
-        tasks.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), first, count, pairs});
-      }
-    }
-  }
-  sort_by_cost(tasks);
-  return tasks;
 }
 
 }  // namespace fa::cpu

@@ -24,7 +24,7 @@ bool always() { return true; }
 template <int64_t kTarget>
 void add_if_compiled(const char* name, bool (*supported)(), std::vector<InstructionSet>& list) {
   if constexpr ((HWY_TARGETS & kTarget) != 0) {
-    list.push_back({name, supported, forward_kernel<kTarget>(), backward_kernels<kTarget>(),
+    list.push_back({name, supported, forward_kernels<kTarget>(), backward_kernels<kTarget>(),
                     panel_size<kTarget>()});
   }
 }

@@ -13,7 +13,13 @@ core::PlanPtr make_forward_plan(const core::AttentionProblem& problem, const Ins
 core::PlanPtr make_backward_plan(const core::AttentionProblem& problem, const InstructionSet& set);
 
 AttentionCall make_call(const core::AttentionArgs& args, const core::AttentionProblem& problem,
-                        const InstructionSet& set);
+                        const InstructionSet& set, bool packs_group);
+
+// The most panels that the call's sequences can be cut into; each may end in one partly empty.
+inline int64_t max_panels(const core::AttentionProblem& problem, int64_t panel, bool packs_group) {
+  return packs_group ? problem.batch * problem.num_heads_kv
+                     : (problem.total_q / panel + problem.batch) * problem.num_heads;
+}
 
 // Heaviest first, so that no long task starts last. The order changes no result.
 template <class Task>

@@ -16,15 +16,39 @@ HWY_BEFORE_NAMESPACE();
 namespace fa::cpu {
 namespace HWY_NAMESPACE {
 
-// Consecutive queries of one head, one lane each.
+// Consecutive queries of one head, one lane each; or, where a whole group of heads has few queries,
+// those of all its heads, head after head, so that they share every key that is read.
 struct QueryPanel {
-  int64_t head;
-  int64_t first_query;  // within the sequence
-  int64_t num_queries;
+  int64_t first_head;
+  int64_t first_query;       // of each head, within the sequence
+  int64_t queries_per_head;  // num_lanes where there is one head
+  int64_t num_lanes;
   semantics::Range keys;  // visible to at least one of the queries
 
-  int64_t vectors() const { return (num_queries + kLanes - 1) / kLanes; }
+  int64_t vectors() const { return (num_lanes + kLanes - 1) / kLanes; }
+  bool one_head() const { return queries_per_head == num_lanes; }
+  int64_t head(int64_t lane) const { return first_head + lane / queries_per_head; }
+  int64_t query(int64_t lane) const { return first_query + lane % queries_per_head; }
+  int64_t last_query() const { return first_query + queries_per_head - 1; }
 };
+
+// Per lane of vector v: the head, counted from the panel's first.
+HWY_INLINE hn::Vec<IntTag> head_of_lanes(const QueryPanel& panel, int64_t v) {
+  if (panel.one_head()) return hn::Zero(kInts);
+  const Float lane = hn::Add(hn::Iota(kFloats, static_cast<float>(v * kLanes)),
+                             hn::Set(kFloats, 0.5f));  // away from the boundary
+  const float per_head = 1.0f / static_cast<float>(panel.queries_per_head);
+  return hn::ConvertTo(kInts, hn::Mul(lane, hn::Set(kFloats, per_head)));
+}
+
+// Per lane of vector v: the query within the sequence.
+HWY_INLINE hn::Vec<IntTag> query_of_lanes(const QueryPanel& panel, int64_t v) {
+  const auto lane = hn::Iota(kInts, static_cast<int32_t>(panel.first_query + v * kLanes));
+  if (panel.one_head()) return lane;
+  const auto before = hn::Mul(head_of_lanes(panel, v),
+                              hn::Set(kInts, static_cast<int32_t>(panel.queries_per_head)));
+  return hn::Sub(lane, before);
+}
 
 // The scores of one panel against the keys [begin, end) of a tile.
 struct ScoreTile {
@@ -61,27 +85,32 @@ HWY_INLINE void apply_softcap(const QueryPanel& panel, const ScoreTile& tile, do
   });
 }
 
-// s -= slope * |position of the query - key|.
-HWY_INLINE void apply_alibi(const QueryPanel& panel, const ScoreTile& tile, float slope,
-                            int64_t diagonal) {
-  const Float factor = hn::Set(kFloats, -slope * static_cast<float>(semantics::kLog2e));
+// s -= slope * |position of the query - key|. slope_of(head) gives each head's.
+template <class SlopeOf>
+HWY_INLINE void apply_alibi(const QueryPanel& panel, const ScoreTile& tile, int64_t diagonal,
+                            SlopeOf&& slope_of) {
+  alignas(64) float factors[kPanel] = {};
+  for (int64_t lane = 0; lane < panel.num_lanes; ++lane) {
+    factors[lane] = -slope_of(panel.head(lane)) * static_cast<float>(semantics::kLog2e);
+  }
   transform_scores(panel, tile, [&](Float s, int64_t row, int64_t v) HWY_ATTR {
-    const int64_t distance = panel.first_query + v * kLanes + diagonal - (tile.first_key + row);
-    const auto lane = hn::Iota(kInts, static_cast<int32_t>(distance));
-    return hn::MulAdd(factor, hn::ConvertTo(kFloats, hn::Abs(lane)), s);
+    const auto key = hn::Set(kInts, static_cast<int32_t>(tile.first_key + row - diagonal));
+    const auto distance = hn::Abs(hn::Sub(query_of_lanes(panel, v), key));
+    return hn::MulAdd(hn::Load(kFloats, factors + v * kLanes), hn::ConvertTo(kFloats, distance), s);
   });
 }
 
-// Adds the bias of one (batch, head), or hides where a boolean one is false.
+// The bias of one batch: added, or, where it is boolean, hiding what is false.
 struct Bias {
   const core::TensorView* view;
-  int64_t offset;        // elements
-  int64_t query_stride;  // 0: the same for all queries
+  int64_t offset;       // elements
+  int64_t head_stride;  // strides are 0 where it is broadcast
+  int64_t query_stride;
   int64_t key_stride;
   bool boolean;
 
-  float at(int64_t query, int64_t key) const {
-    const int64_t i = offset + query * query_stride + key * key_stride;
+  float at(int64_t head, int64_t query, int64_t key) const {
+    const int64_t i = offset + head * head_stride + query * query_stride + key * key_stride;
     if (boolean) return view->as<const uint8_t>()[i] != 0 ? 0.0f : kMinusInfinity;
     return core::load_element(*view, i) * static_cast<float>(semantics::kLog2e);
   }
@@ -89,12 +118,13 @@ struct Bias {
 
 HWY_INLINE void apply_bias(const QueryPanel& panel, const ScoreTile& tile, const Bias& bias) {
   alignas(64) float row_bias[kPanel] = {};
-  const int64_t distinct = bias.query_stride == 0 ? 1 : panel.num_queries;
+  const bool same = bias.query_stride == 0 && (panel.one_head() || bias.head_stride == 0);
+  const int64_t distinct = same ? 1 : panel.num_lanes;
   for (int64_t row = tile.begin; row < tile.end; ++row) {
     for (int64_t i = 0; i < distinct; ++i) {
-      row_bias[i] = bias.at(panel.first_query + i, tile.first_key + row);
+      row_bias[i] = bias.at(panel.head(i), panel.query(i), tile.first_key + row);
     }
-    for (int64_t i = distinct; i < panel.num_queries; ++i) row_bias[i] = row_bias[0];
+    for (int64_t i = distinct; i < panel.num_lanes; ++i) row_bias[i] = row_bias[0];
     for (int64_t v = 0; v < panel.vectors(); ++v) {
       float* at = tile.scores + row * kPanel + v * kLanes;
       const Float b = hn::Load(kFloats, row_bias + v * kLanes);
@@ -111,13 +141,12 @@ HWY_INLINE void apply_band(const QueryPanel& panel, const ScoreTile& tile, int64
                            int64_t seqlen_k, semantics::MaskBand band) {
   for (int64_t row = tile.begin; row < tile.end; ++row) {
     const auto queries = semantics::visible_queries(tile.first_key + row, seqlen_q, seqlen_k, band);
-    const int32_t first = static_cast<int32_t>(queries.begin - panel.first_query);
-    const int32_t last = static_cast<int32_t>(queries.end - panel.first_query);
+    const auto first = hn::Set(kInts, static_cast<int32_t>(queries.begin));
+    const auto last = hn::Set(kInts, static_cast<int32_t>(queries.end - 1));
     for (int64_t v = 0; v < panel.vectors(); ++v) {
       float* at = tile.scores + row * kPanel + v * kLanes;
-      const auto lane = hn::Iota(kInts, static_cast<int32_t>(v * kLanes));
-      const auto hidden =
-          hn::Or(hn::Lt(lane, hn::Set(kInts, first)), hn::Gt(lane, hn::Set(kInts, last - 1)));
+      const auto query = query_of_lanes(panel, v);
+      const auto hidden = hn::Or(hn::Lt(query, first), hn::Gt(query, last));
       hn::Store(hn::IfThenElse(hn::RebindMask(kFloats, hidden), hn::Set(kFloats, kMinusInfinity),
                                hn::Load(kFloats, at)),
                 kFloats, at);
@@ -162,15 +191,16 @@ HWY_INLINE void philox(Word& w0, Word& w1, Word& w2, Word& w3, uint32_t key0, ui
 template <class Body>
 HWY_INLINE void for_each_dropout_mask(const AttentionCall& call, const QueryPanel& panel,
                                       const ScoreTile& tile, int64_t batch, Body&& body) {
-  const int64_t batch_head = batch * call.problem.num_heads + panel.head;
+  const int64_t batch_head = batch * call.problem.num_heads + panel.first_head;
   const auto threshold = hn::Set(kInts, static_cast<int32_t>(call.dropout_threshold));
   const Word low_half = hn::Set(kWords, 0xFFFFu);
   constexpr int64_t kStep = semantics::kKeysPerDraw;
   for (int64_t first = tile.begin / kStep * kStep; first < tile.end; first += kStep) {
     for (int64_t v = 0; v < panel.vectors(); ++v) {
       Word w0 = hn::Set(kWords, static_cast<uint32_t>((tile.first_key + first) / kStep));
-      Word w1 = hn::Iota(kWords, static_cast<uint32_t>(panel.first_query + v * kLanes));
-      Word w2 = hn::Set(kWords, static_cast<uint32_t>(batch_head));
+      Word w1 = hn::BitCast(kWords, query_of_lanes(panel, v));
+      Word w2 = hn::Add(hn::Set(kWords, static_cast<uint32_t>(batch_head)),
+                        hn::BitCast(kWords, head_of_lanes(panel, v)));
       Word w3 = hn::Set(kWords, call.dropout_key.counter3);
       philox(w0, w1, w2, w3, call.dropout_key.key0, call.dropout_key.key1);
       const auto visit = [&](int64_t lane, Word bits) HWY_ATTR {

@@ -37,13 +37,22 @@ class SequenceRun {
     return semantics::visible_keys(query, sequence_.seqlen_q, sequence_.seqlen_k, problem_.band);
   }
 
-  // Panel `index` of the key head: the query heads of the group take turns.
+  // Panel `index` of the key head: all its query heads at once, or they take turns.
   HWY_INLINE QueryPanel panel(int64_t index) const {
+    if (call_.packs_group) {
+      const int64_t count = sequence_.seqlen_q;
+      return {head_kv_ * call_.group,
+              0,
+              count,
+              count * call_.group,
+              {visible_keys(0).begin, visible_keys(count - 1).end}};
+    }
     const int64_t first = index / call_.group * kPanel;
     const int64_t count = std::min<int64_t>(kPanel, sequence_.seqlen_q - first);
     // Ends grow with the query, and so do beginnings.
     return {head_kv_ * call_.group + index % call_.group,
             first,
+            count,
             count,
             {visible_keys(first).begin, visible_keys(first + count - 1).end}};
   }
@@ -96,10 +105,10 @@ class SequenceRun {
     return rows.offset + query * rows.row_stride + head * rows.head_stride;
   }
 
-  // to = the row of one query of a panel, widened, and zeros up to a whole vector.
-  HWY_INLINE void load_query(const core::TensorView& from, const QueryPanel& panel, int64_t query,
+  // to = the row of one lane of a panel, widened, and zeros up to a whole vector.
+  HWY_INLINE void load_query(const core::TensorView& from, const QueryPanel& panel, int64_t lane,
                              float* HWY_RESTRICT to) const {
-    const int64_t offset = query_offset(from, panel.head, panel.first_query + query);
+    const int64_t offset = query_offset(from, panel.head(lane), panel.query(lane));
     dispatch_dtype(from.dtype, [&](auto dtype) HWY_ATTR {
       widen_row<dtype()>(from.as<const char>() + offset * core::byte_size(dtype()),
                          from.shape[from.ndim - 1], to);
@@ -110,28 +119,29 @@ class SequenceRun {
   HWY_INLINE void store_queries(const core::TensorView& to, const QueryPanel& panel,
                                 const float* HWY_RESTRICT from, int64_t row_size,
                                 float factor) const {
-    for (int64_t i = 0; i < panel.num_queries; ++i) {
-      narrow(from + i * row_size, factor, to, query_offset(to, panel.head, panel.first_query + i));
+    for (int64_t lane = 0; lane < panel.num_lanes; ++lane) {
+      narrow(from + lane * row_size, factor, to,
+             query_offset(to, panel.head(lane), panel.query(lane)));
     }
   }
 
-  // to = (rows of the panel * factor)^T: [n][kPanel]; queries that only fill up the panel are zero.
+  // to = (rows of the panel * factor)^T: [n][kPanel]; lanes that only fill up the panel are zero.
   // buffer: 4 rows of n floats, each rounded up to a vector.
   HWY_INLINE void load_transposed(const core::TensorView& from, const QueryPanel& panel,
                                   float factor, float* HWY_RESTRICT buffer,
                                   float* HWY_RESTRICT to) const {
     const int64_t n = from.shape[from.ndim - 1];
     const int64_t row = round_up(n, kMaxLanes);
-    for (int64_t query = 0; query < round_up(panel.num_queries, std::max<int64_t>(kLanes, 4));
-         query += 4) {
+    for (int64_t lane = 0; lane < round_up(panel.num_lanes, std::max<int64_t>(kLanes, 4));
+         lane += 4) {
       for (int64_t i = 0; i < 4; ++i) {
-        if (query + i < panel.num_queries) {
-          load_query(from, panel, query + i, buffer + i * row);
+        if (lane + i < panel.num_lanes) {
+          load_query(from, panel, lane + i, buffer + i * row);
         } else {
           std::fill_n(buffer + i * row, n, 0.0f);
         }
       }
-      transpose_4_rows<kPanel>(buffer, row, n, factor, to + query);
+      transpose_4_rows<kPanel>(buffer, row, n, factor, to + lane);
     }
   }
 
@@ -142,12 +152,12 @@ class SequenceRun {
             std::min(panel.keys.end, tile.keys.end) - tile.first_key};
   }
 
-  // The rows of the tile that the panel's queries in [first, last) see, for the products to clip.
+  // The rows of the tile that the panel's lanes in [first, last) see, for the products to clip.
   HWY_INLINE auto keys_of(const QueryPanel& panel, const ScoreTile& tile) const {
-    const bool clips = crosses_band(panel, tile);
+    const bool clips = crosses_band(panel, tile) && panel.one_head();
     return [this, &panel, &tile, clips](int64_t first, int64_t last) HWY_ATTR {
       if (!clips) return semantics::Range{tile.begin, tile.end};
-      const int64_t last_query = std::min(last, panel.num_queries) - 1;
+      const int64_t last_query = std::min(last, panel.num_lanes) - 1;
       return semantics::Range{
           std::max<int64_t>(tile.begin,
                             visible_keys(panel.first_query + first).begin - tile.first_key),
@@ -156,18 +166,18 @@ class SequenceRun {
     };
   }
 
-  // The panel's queries that see any of the tile's rows in [first, last).
+  // The panel's lanes that see any of the tile's rows in [first, last). For panels of one head.
   HWY_INLINE auto queries_of(const QueryPanel& panel, const ScoreTile& tile) const {
     const bool clips = crosses_band(panel, tile);
     return [this, &panel, &tile, clips](int64_t first, int64_t last) HWY_ATTR {
-      if (!clips) return semantics::Range{0, panel.num_queries};
+      if (!clips) return semantics::Range{0, panel.num_lanes};
       const auto seen_by = [&](int64_t row) HWY_ATTR {
         return semantics::visible_queries(tile.first_key + row, sequence_.seqlen_q,
                                           sequence_.seqlen_k, problem_.band);
       };
       return semantics::Range{
           std::max<int64_t>(0, seen_by(first).begin - panel.first_query),
-          std::min<int64_t>(panel.num_queries, seen_by(last - 1).end - panel.first_query)};
+          std::min<int64_t>(panel.num_lanes, seen_by(last - 1).end - panel.first_query)};
     };
   }
 
@@ -198,9 +208,10 @@ class SequenceRun {
                   tile.scores);
     if (problem_.softcap) apply_softcap(panel, tile, args_.softcap, softcap_derivatives);
     if (problem_.alibi) {
-      apply_alibi(panel, tile, alibi_slope(panel.head), sequence_.seqlen_k - sequence_.seqlen_q);
+      apply_alibi(panel, tile, sequence_.seqlen_k - sequence_.seqlen_q,
+                  [this](int64_t head) HWY_ATTR { return alibi_slope(head); });
     }
-    if (problem_.bias != core::BiasKind::kNone) apply_bias(panel, tile, bias(panel.head));
+    if (problem_.bias != core::BiasKind::kNone) apply_bias(panel, tile, bias());
     if (crosses_band(panel, tile)) {
       apply_band(panel, tile, sequence_.seqlen_q, sequence_.seqlen_k, problem_.band);
     }
@@ -211,7 +222,7 @@ class SequenceRun {
   HWY_INLINE bool crosses_band(const QueryPanel& panel, const ScoreTile& tile) const {
     if (problem_.band.unbounded()) return false;
     const semantics::Range first = visible_keys(panel.first_query);
-    const semantics::Range last = visible_keys(panel.first_query + panel.num_queries - 1);
+    const semantics::Range last = visible_keys(panel.last_query());
     return tile.first_key + tile.end > first.end || tile.first_key + tile.begin < last.begin;
   }
 
@@ -222,10 +233,14 @@ class SequenceRun {
                             : at[batch_ * slopes.strides[0] + head * slopes.strides[1]];
   }
 
-  HWY_INLINE Bias bias(int64_t head) const {
+  HWY_INLINE Bias bias() const {
     const core::TensorView& view = args_.attn_bias;
-    return {&view, batch_ * bias_stride(view, 4) + head * bias_stride(view, 3),
-            bias_stride(view, 2), bias_stride(view, 1), problem_.bias == core::BiasKind::kBoolean};
+    return {&view,
+            batch_ * bias_stride(view, 4),
+            bias_stride(view, 3),
+            bias_stride(view, 2),
+            bias_stride(view, 1),
+            problem_.bias == core::BiasKind::kBoolean};
   }
 
   const AttentionCall& call_;

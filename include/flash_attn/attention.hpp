@@ -1,0 +1,474 @@
+// FlashAttention-Plus for C++20: a thin header over the C interface in flash_attn.h.
+//
+//   fa::Status status = fa::forward({.q = fa::tensor(q, {batch, seqlen_q, num_heads, head_dim}),
+//                                    .k = fa::tensor(k, {batch, seqlen_k, num_heads_kv, head_dim}),
+//                                    .v = fa::tensor(v, {batch, seqlen_k, num_heads_kv, head_dim}),
+//                                    .out = fa::tensor(out, {batch, seqlen_q, num_heads,
+//                                    head_dim}), .causal = true});
+//   if (!status.ok()) std::fputs(status.message().c_str(), stderr);
+//
+// Nothing here throws but Status::throw_if_error(), and the header compiles with -fno-exceptions.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <iterator>
+#include <optional>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#if defined(__cpp_exceptions)
+#include <stdexcept>
+#endif
+#if defined(__STDCPP_FLOAT16_T__) || defined(__STDCPP_BFLOAT16_T__)
+#include <stdfloat>
+#endif
+
+#include "flash_attn/flash_attn.h"
+
+namespace fa {
+
+// ---- Types of elements and devices ----
+
+enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt32, kUInt8, kBool };
+
+enum class DeviceType : std::int32_t { kCpu = FA_CPU, kCuda = FA_CUDA };
+
+// 16-bit storage; no arithmetic.
+struct float16 {  // IEEE 754 binary16
+  std::uint16_t bits;
+};
+struct bfloat16 {  // the upper half of an fp32
+  std::uint16_t bits;
+};
+
+// The DType of a C++ type. Specialise it for a 16-bit type of your own:
+//   template <> struct fa::DTypeOf<MyHalf> { static constexpr fa::DType value = ...; };
+template <class T>
+struct DTypeOf;
+template <>
+struct DTypeOf<float> {
+  static constexpr DType value = DType::kFloat32;
+};
+template <>
+struct DTypeOf<float16> {
+  static constexpr DType value = DType::kFloat16;
+};
+template <>
+struct DTypeOf<bfloat16> {
+  static constexpr DType value = DType::kBFloat16;
+};
+template <>
+struct DTypeOf<double> {
+  static constexpr DType value = DType::kFloat64;
+};
+template <>
+struct DTypeOf<std::int32_t> {
+  static constexpr DType value = DType::kInt32;
+};
+template <>
+struct DTypeOf<std::uint8_t> {
+  static constexpr DType value = DType::kUInt8;
+};
+template <>
+struct DTypeOf<bool> {
+  static constexpr DType value = DType::kBool;
+};
+#if defined(__STDCPP_FLOAT16_T__)
+template <>
+struct DTypeOf<std::float16_t> {
+  static constexpr DType value = DType::kFloat16;
+};
+#endif
+#if defined(__STDCPP_BFLOAT16_T__)
+template <>
+struct DTypeOf<std::bfloat16_t> {
+  static constexpr DType value = DType::kBFloat16;
+};
+#endif
+
+// ---- Tensors ----
+
+// A view of memory that the caller owns. Shape and strides, in elements, are held inline. A default
+// Tensor is absent: an option that is not used. A wrong rank is reported by the call it is passed
+// to.
+class Tensor {
+ public:
+  static constexpr std::size_t kMaxRank = 5;
+  using Extents = std::span<const std::int64_t>;
+
+  Tensor() = default;
+
+  // Without strides: row-major without gaps.
+  Tensor(void* data, DType dtype, Extents shape, Extents strides = {})
+      : data_(data), dtype_(dtype) {
+    set_extents(shape, strides);
+  }
+  Tensor(const void* data, DType dtype, Extents shape, Extents strides = {})
+      : data_(const_cast<void*>(data)), dtype_(dtype), read_only_(true) {
+    set_extents(shape, strides);
+  }
+
+  // The same tensor on another device: tensor(pointer, {...}).on(fa::DeviceType::kCuda, 0).
+  [[nodiscard]] Tensor on(DeviceType type, std::int32_t index = 0) const {
+    Tensor moved = *this;
+    moved.device_type_ = type;
+    moved.device_index_ = index;
+    return moved;
+  }
+
+  bool present() const { return present_; }
+  bool read_only() const { return read_only_; }  // made from a pointer to const
+  void* data() const { return data_; }
+  DType dtype() const { return dtype_; }
+  std::size_t rank() const { return rank_; }
+  Extents shape() const { return Extents{shape_}.first(rank_); }
+
+  // What makes this no tensor at all, or null.
+  const char* defect() const { return defect_; }
+
+  // Points into this object, and is valid as long as it.
+  fa_tensor c_tensor() const {
+    constexpr struct {
+      std::uint8_t code, bits;
+    } kCodes[] = {{FA_FLOAT, 32}, {FA_FLOAT, 16}, {FA_BFLOAT, 16}, {FA_FLOAT, 64},
+                  {FA_INT, 32},   {FA_UINT, 8},   {FA_BOOL, 8}};
+    const auto code = kCodes[static_cast<std::size_t>(dtype_)];
+    fa_tensor c{};
+    c.data = data_;
+    c.device_type = static_cast<std::int32_t>(device_type_);
+    c.device_id = device_index_;
+    c.ndim = static_cast<std::int32_t>(rank_);
+    c.dtype_code = code.code;
+    c.dtype_bits = code.bits;
+    c.dtype_lanes = 1;
+    c.shape = shape_.data();
+    c.strides = has_strides_ ? strides_.data() : nullptr;
+    return c;
+  }
+
+ private:
+  void set_extents(Extents shape, Extents strides) {
+    present_ = true;
+    if (shape.size() > kMaxRank) {
+      defect_ = "has more than 5 dimensions";
+      return;
+    }
+    if (!strides.empty() && strides.size() != shape.size()) {
+      defect_ = "has strides of another rank than its shape";
+      return;
+    }
+    rank_ = shape.size();
+    has_strides_ = !strides.empty();
+    for (std::size_t d = 0; d < rank_; ++d) shape_[d] = shape[d];
+    for (std::size_t d = 0; d < strides.size(); ++d) strides_[d] = strides[d];
+  }
+
+  void* data_ = nullptr;
+  const char* defect_ = nullptr;
+  std::array<std::int64_t, kMaxRank> shape_{};
+  std::array<std::int64_t, kMaxRank> strides_{};
+  std::size_t rank_ = 0;
+  DeviceType device_type_ = DeviceType::kCpu;
+  std::int32_t device_index_ = 0;
+  DType dtype_ = DType::kFloat32;
+  bool present_ = false;
+  bool has_strides_ = false;
+  bool read_only_ = false;
+};
+
+// fa::tensor(pointer, {2, 1024, 16, 64}); the dtype follows from the pointer's type. A pointer to
+// const may be read only: calls refuse it as an output.
+template <class T>
+Tensor tensor(T* data, std::initializer_list<std::int64_t> shape,
+              std::initializer_list<std::int64_t> strides = {}) {
+  return {data, DTypeOf<std::remove_cv_t<T>>::value, Tensor::Extents{shape.begin(), shape.size()},
+          Tensor::Extents{strides.begin(), strides.size()}};
+}
+
+// The same for shapes known at run time only.
+template <class T>
+Tensor tensor(T* data, Tensor::Extents shape, Tensor::Extents strides = {}) {
+  return {data, DTypeOf<std::remove_cv_t<T>>::value, shape, strides};
+}
+
+// For storage without a type of its own: fa::tensor(bytes, fa::DType::kBFloat16, {2, 1024, 16,
+// 64}).
+inline Tensor tensor(void* data, DType dtype, std::initializer_list<std::int64_t> shape,
+                     std::initializer_list<std::int64_t> strides = {}) {
+  return {data, dtype, Tensor::Extents{shape.begin(), shape.size()},
+          Tensor::Extents{strides.begin(), strides.size()}};
+}
+inline Tensor tensor(const void* data, DType dtype, std::initializer_list<std::int64_t> shape,
+                     std::initializer_list<std::int64_t> strides = {}) {
+  return {data, dtype, Tensor::Extents{shape.begin(), shape.size()},
+          Tensor::Extents{strides.begin(), strides.size()}};
+}
+
+// ---- Errors ----
+
+enum class StatusCode : int {
+  kOk = FA_OK,
+  kInvalidArgument = FA_INVALID_ARGUMENT,  // the caller can mend it: a shape, a value, a name
+  kUnsupported = FA_UNSUPPORTED,           // a right request that nothing on this machine serves
+  kOutOfMemory = FA_OUT_OF_MEMORY,
+  kDeviceError = FA_DEVICE_ERROR,
+  kInternal = FA_INTERNAL,
+};
+
+inline const char* name(StatusCode code) {
+  constexpr const char* kNames[] = {
+      "ok", "invalid argument", "unsupported", "out of memory", "device error", "internal error"};
+  const auto index = static_cast<std::size_t>(code);
+  return index < std::size(kNames) ? kNames[index] : "unknown status";
+}
+
+#if defined(__cpp_exceptions)
+class Error : public std::runtime_error {
+ public:
+  Error(StatusCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  StatusCode code() const { return code_; }
+
+ private:
+  StatusCode code_;
+};
+#endif
+
+class [[nodiscard]] Status {
+ public:
+  Status() = default;
+  Status(StatusCode code, std::string message) : code_(code), message_(std::move(message)) {}
+
+  bool ok() const { return code_ == StatusCode::kOk; }
+  StatusCode code() const { return code_; }
+  // Which argument, what it was, what it must be; "" when ok().
+  const std::string& message() const { return message_; }
+
+#if defined(__cpp_exceptions)
+  void throw_if_error() const {
+    if (!ok()) throw Error(code_, message_);
+  }
+#endif
+
+ private:
+  StatusCode code_ = StatusCode::kOk;
+  std::string message_;
+};
+
+// ---- Calls ----
+
+// One attention call. q, k, v and out are required and share one dtype, fp32, fp16 or bf16; any
+// strides, with a contiguous last dimension. (B batch, Sq/Sk sequence lengths, H/Hk heads of q and
+// of k and v, H % Hk == 0, D/Dv head_dim of q and k and of v and out, each in [1, 512] on the CPU.)
+struct ForwardArgs {
+  // Dense:  q [B, Sq, H, D]    k [B, Sk, Hk, D]    v [B, Sk, Hk, Dv]    out [B, Sq, H, Dv]
+  // Varlen: q [total_q, H, D]  k [total_k, Hk, D]  v [total_k, Hk, Dv]  out [total_q, H, Dv]
+  // Paged:  k [num_blocks, page_size, Hk, D], v [num_blocks, page_size, Hk, Dv], with block_table
+  Tensor q{};
+  Tensor k{};
+  Tensor v{};
+  Tensor out{};
+  Tensor lse{};      // wanted: [B, H, Sq], varlen [H, total_q]; fp32; natural logarithm
+  Tensor s_dmask{};  // wanted: [B, H, Sq rounded up to 128, Sk rounded up to 128]; q's dtype
+
+  // Varlen: both cu_seqlens, and max_seqlen at least the longest sequence.
+  Tensor cu_seqlens_q{};  // int32 [B + 1]
+  Tensor cu_seqlens_k{};  // int32 [B + 1]
+  Tensor seqused_k{};     // int32 [B]: keys in use of each sequence
+  Tensor block_table{};   // int32 [B, max_blocks]: the pages of each sequence
+  std::int64_t max_seqlen_q = 0;
+  std::int64_t max_seqlen_k = 0;
+
+  Tensor alibi_slopes{};  // fp32 [H] or [B, H]
+  Tensor attn_bias{};  // broadcastable to [B, H, Sq, Sk]; fp32 or q's dtype; bool: keep where true
+  Tensor learnable_sink{};  // [H], fp32 or q's dtype
+
+  std::optional<double> softmax_scale{};  // absent: D^-1/2
+  bool causal = false;                    // aligned to the bottom right corner
+  std::int64_t window_size_left = -1;     // keys seen before a query's own position; -1: all
+  std::int64_t window_size_right = -1;    // and behind it
+  double softcap = 0.0;                   // s -> softcap * tanh(s / softcap); 0: none
+  double dropout_p = 0.0;                 // in [0, 1)
+  std::uint64_t dropout_seed = 0;
+  std::uint64_t dropout_offset = 0;
+
+  // "cpu", "cpu:avx2", "reference"; null: FLASH_ATTENTION_BACKEND, or else the best; "": the best
+  const char* backend = nullptr;
+  void* stream = nullptr;  // a CUDA stream; ignored on the CPU
+};
+
+namespace detail {
+
+inline Status make_status(fa_status code) {
+  if (code == FA_OK) return {};
+  return {static_cast<StatusCode>(code), fa_last_error_message()};
+}
+
+// The C structs of one call. They point into the ForwardArgs and into this object.
+class CArgs {
+ public:
+  explicit CArgs(const ForwardArgs& args) {
+    fa_attention_args_init(&c_);
+    set_tensors(args);
+    c_.max_seqlen_q = args.max_seqlen_q;
+    c_.max_seqlen_k = args.max_seqlen_k;
+    c_.softmax_scale = args.softmax_scale ? &*args.softmax_scale : nullptr;
+    c_.causal = args.causal ? 1 : 0;
+    c_.window_size_left = args.window_size_left;
+    c_.window_size_right = args.window_size_right;
+    c_.softcap = args.softcap;
+    c_.dropout_p = args.dropout_p;
+    c_.dropout_seed = args.dropout_seed;
+    c_.dropout_offset = args.dropout_offset;
+    c_.backend = args.backend;
+    c_.stream = args.stream;
+  }
+  CArgs(const CArgs&) = delete;
+  CArgs& operator=(const CArgs&) = delete;
+
+  // The first tensor that is none: its name and why; name null if all are sound.
+  Status check() const {
+    if (bad_name_ == nullptr) return {};
+    return {StatusCode::kInvalidArgument, std::string{bad_name_} + ": " + bad_reason_};
+  }
+  const fa_attention_args* get() const { return &c_; }
+
+ private:
+  enum class Use { kInput, kOutput };
+
+  void set_tensors(const ForwardArgs& args) {
+    c_.q = add(args.q, "q");
+    c_.k = add(args.k, "k");
+    c_.v = add(args.v, "v");
+    c_.out = add(args.out, "out", Use::kOutput);
+    c_.lse = add(args.lse, "lse", Use::kOutput);
+    c_.s_dmask = add(args.s_dmask, "s_dmask", Use::kOutput);
+    c_.cu_seqlens_q = add(args.cu_seqlens_q, "cu_seqlens_q");
+    c_.cu_seqlens_k = add(args.cu_seqlens_k, "cu_seqlens_k");
+    c_.seqused_k = add(args.seqused_k, "seqused_k");
+    c_.block_table = add(args.block_table, "block_table");
+    c_.alibi_slopes = add(args.alibi_slopes, "alibi_slopes");
+    c_.attn_bias = add(args.attn_bias, "attn_bias");
+    c_.learnable_sink = add(args.learnable_sink, "learnable_sink");
+  }
+
+  const fa_tensor* add(const Tensor& tensor, const char* name, Use use = Use::kInput) {
+    if (!tensor.present()) return nullptr;
+    const char* reason = tensor.defect();
+    if (reason == nullptr && use == Use::kOutput && tensor.read_only()) {
+      reason = "is an output, and was made from a pointer to const";
+    }
+    if (reason != nullptr && bad_name_ == nullptr) {
+      bad_name_ = name;
+      bad_reason_ = reason;
+    }
+    tensors_[count_] = tensor.c_tensor();
+    return &tensors_[count_++];
+  }
+
+  std::array<fa_tensor, 13> tensors_;
+  std::size_t count_ = 0;
+  fa_attention_args c_;
+  const char* bad_name_ = nullptr;
+  const char* bad_reason_ = nullptr;
+};
+
+}  // namespace detail
+
+// out = softmax(scale * q k^T + bias, masked) v, after Dao et al., "FlashAttention" (2022). Returns
+// when the result is written (CPU) or enqueued (GPU). kInvalidArgument and kUnsupported leave the
+// outputs untouched.
+inline Status forward(const ForwardArgs& args) {
+  const detail::CArgs c_args(args);
+  if (Status status = c_args.check(); !status.ok()) return status;
+  return detail::make_status(fa_forward(c_args.get()));
+}
+
+// The fp64 oracle: the same call straight from the formula, on the CPU, slowly. out, lse and bound
+// are fp64 tensors in the shapes of out, lse and out, row-major; any may be absent. bound is
+// sum_j P_ij |v_jd|: the error of an output is told relative to it. The outputs in `args` are
+// ignored.
+inline Status forward_oracle(const ForwardArgs& args, const Tensor& out, const Tensor& lse = {},
+                             const Tensor& bound = {}) {
+  const detail::CArgs c_args(args);
+  if (Status status = c_args.check(); !status.ok()) return status;
+  const Tensor* results[] = {&out, &lse, &bound};
+  fa_tensor c_results[3];
+  const fa_tensor* pointers[3] = {};
+  for (std::size_t i = 0; i < 3; ++i) {
+    if (!results[i]->present()) continue;
+    if (results[i]->defect() != nullptr || results[i]->read_only()) {
+      return {StatusCode::kInvalidArgument, std::string{i == 0   ? "out"
+                                                        : i == 1 ? "lse"
+                                                                 : "bound"} +
+                                                " cannot be written"};
+    }
+    c_results[i] = results[i]->c_tensor();
+    pointers[i] = &c_results[i];
+  }
+  return detail::make_status(
+      fa_forward_oracle(c_args.get(), pointers[0], pointers[1], pointers[2]));
+}
+
+// Into *text a line per implementation: which one would run the call, and why each other one would
+// not. Fails where the call is not valid.
+inline Status explain(const ForwardArgs& args, std::string* text) {
+  const detail::CArgs c_args(args);
+  if (Status status = c_args.check(); !status.ok()) return status;
+  std::size_t needed = 0;
+  text->assign(1024, '\0');
+  fa_status code = fa_explain(c_args.get(), text->data(), text->size(), &needed);
+  if (code == FA_OK && needed > text->size()) {
+    text->resize(needed);
+    code = fa_explain(c_args.get(), text->data(), text->size(), &needed);
+  }
+  text->resize(needed > 0 ? needed - 1 : 0);
+  return detail::make_status(code);
+}
+
+// The same; for a call that is not valid, the message that forward() would give.
+inline std::string explain(const ForwardArgs& args) {
+  std::string text;
+  const Status status = explain(args, &text);
+  return status.ok() ? text : status.message();
+}
+
+// ---- The library and this machine ----
+
+inline const char* version() { return fa_version(); }
+
+struct Implementation {
+  std::string name;
+  bool available = false;
+  std::string reason{};  // why it is not available
+};
+
+// The implementations for a device, best first.
+inline std::vector<Implementation> implementations(DeviceType device = DeviceType::kCpu) {
+  const auto type = static_cast<std::int32_t>(device);
+  std::vector<Implementation> list;
+  for (std::int32_t i = 0; const char* name = fa_implementation_name(type, i); ++i) {
+    const char* reason = "";
+    const bool available = fa_implementation_available(type, i, &reason) != 0;
+    list.push_back({name, available, reason});
+  }
+  return list;
+}
+
+struct Threads {
+  int count = 1;
+  std::string source{};  // "own pool", "OpenMP runtime of the process"
+};
+
+// What a CPU call uses at most.
+inline Threads threads() {
+  const char* source = "";
+  const int count = fa_num_threads(&source);
+  return {count, source};
+}
+
+}  // namespace fa

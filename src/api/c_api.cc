@@ -1,0 +1,484 @@
+// The C interface: turns its structs into the core's views, and the core's Status into its codes.
+// No exception and no message leaves by another way.
+#include <cstring>
+#include <new>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/attention_args.h"
+#include "core/dispatch.h"
+#include "core/environment.h"
+#include "core/registry.h"
+#include "core/validate.h"
+#include "cpu/cpu.h"
+#include "flash_attn/flash_attn.h"
+#include "reference/reference.h"
+
+namespace fa::api {
+namespace {
+
+using core::AttentionArgs;
+using core::AttentionProblem;
+using core::DataType;
+using core::Result;
+using core::Status;
+using core::StatusCode;
+using core::TensorView;
+
+// ---- Errors ----
+
+// The text of a thread's last failure. Falls back to a literal where keeping a copy fails too.
+class LastError {
+ public:
+  void set(const std::string& message) noexcept {
+    try {
+      text_ = message;
+      current_ = text_.c_str();
+    } catch (...) {
+      set_literal("out of host memory");
+    }
+  }
+  void set_literal(const char* message) noexcept { current_ = message; }
+  const char* get() const noexcept { return current_; }
+
+ private:
+  std::string text_;
+  const char* current_ = "";
+};
+
+LastError& last_error() {
+  thread_local LastError error;
+  return error;
+}
+
+fa_status to_code(const Status& status) {
+  if (!status.ok()) last_error().set(status.message());
+  return static_cast<fa_status>(status.code());
+}
+
+// Runs `body`, which returns a Status, and lets nothing but a code out.
+template <class Body>
+fa_status guarded(Body&& body) noexcept {
+  try {
+    return to_code(body());
+  } catch (const std::bad_alloc&) {
+    last_error().set_literal("out of host memory");
+    return FA_OUT_OF_MEMORY;
+  } catch (const std::exception& error) {
+    last_error().set(error.what());
+    return FA_INTERNAL;
+  } catch (...) {
+    last_error().set_literal("an exception of an unknown type");
+    return FA_INTERNAL;
+  }
+}
+
+// ---- Tensors ----
+
+DataType to_dtype(const fa_tensor& tensor) {
+  struct Known {
+    uint8_t code, bits;
+    DataType dtype;
+  };
+  constexpr Known kKnown[] = {
+      {FA_FLOAT, 32, DataType::kFloat32},   {FA_FLOAT, 16, DataType::kFloat16},
+      {FA_BFLOAT, 16, DataType::kBFloat16}, {FA_FLOAT, 64, DataType::kFloat64},
+      {FA_INT, 32, DataType::kInt32},       {FA_INT, 64, DataType::kInt64},
+      {FA_UINT, 8, DataType::kUInt8},       {FA_BOOL, 8, DataType::kBool},
+  };
+  for (const Known& known : kKnown) {
+    if (known.code == tensor.dtype_code && known.bits == tensor.dtype_bits) return known.dtype;
+  }
+  return DataType::kOther;
+}
+
+// The struct's own fields, before any of them is trusted.
+Status check_fields(const fa_tensor& tensor, const char* name) {
+  if (tensor.ndim < 0 || tensor.ndim > core::kMaxRank) {
+    return core::invalid_argument(name, ": ndim is ", tensor.ndim, ", must be 0 to ",
+                                  core::kMaxRank);
+  }
+  if (tensor.dtype_lanes != 1) {
+    return core::invalid_argument(name, ": dtype_lanes is ", tensor.dtype_lanes, ", must be 1");
+  }
+  if (tensor.ndim > 0 && tensor.shape == nullptr) {
+    return core::invalid_argument(name, ": shape is NULL, ndim is ", tensor.ndim);
+  }
+  for (int d = 0; d < tensor.ndim; ++d) {
+    if (tensor.shape[d] < 0) {
+      return core::invalid_argument(name, ": shape[", d, "] is ", tensor.shape[d],
+                                    ", must not be negative");
+    }
+  }
+  return {};
+}
+
+// Row-major without gaps. An empty dimension counts as one, as in DLPack's producers.
+Status set_compact_strides(const char* name, TensorView& view) {
+  int64_t stride = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    view.strides[d] = stride;
+    const int64_t extent = view.shape[d] > 1 ? view.shape[d] : 1;
+    if (stride > INT64_MAX / extent) {
+      return core::invalid_argument(name, ": shape ", core::shape_text(view),
+                                    " has more elements than an int64 counts");
+    }
+    stride *= extent;
+  }
+  return {};
+}
+
+Status to_view(const fa_tensor* tensor, const char* name, TensorView& view) {
+  if (tensor == nullptr) return {};  // the view stays absent
+  FA_TRY(check_fields(*tensor, name));
+  view.dtype = to_dtype(*tensor);
+  view.device = {static_cast<core::DeviceType>(tensor->device_type), tensor->device_id};
+  view.ndim = tensor->ndim;
+  for (int d = 0; d < view.ndim; ++d) view.shape[d] = tensor->shape[d];
+  if (tensor->strides == nullptr) {
+    FA_TRY(set_compact_strides(name, view));
+  } else {
+    for (int d = 0; d < view.ndim; ++d) view.strides[d] = tensor->strides[d];
+  }
+  if (tensor->data != nullptr) view.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
+  return {};
+}
+
+Status check_struct(const fa_attention_args* args) {
+  if (args == nullptr) return core::invalid_argument("args is NULL");
+  if (args->struct_size == sizeof(fa_attention_args)) return {};
+  return core::invalid_argument("args: struct_size is ", args->struct_size, ", this library's is ",
+                                sizeof(fa_attention_args), "; start from fa_attention_args_init()");
+}
+
+Status to_core(const fa_attention_args* from, AttentionArgs& to) {
+  FA_TRY(check_struct(from));
+  FA_TRY(to_view(from->q, "q", to.q));
+  FA_TRY(to_view(from->k, "k", to.k));
+  FA_TRY(to_view(from->v, "v", to.v));
+  FA_TRY(to_view(from->out, "out", to.out));
+  FA_TRY(to_view(from->lse, "lse", to.lse));
+  FA_TRY(to_view(from->s_dmask, "s_dmask", to.s_dmask));
+  FA_TRY(to_view(from->cu_seqlens_q, "cu_seqlens_q", to.cu_seqlens_q));
+  FA_TRY(to_view(from->cu_seqlens_k, "cu_seqlens_k", to.cu_seqlens_k));
+  FA_TRY(to_view(from->seqused_k, "seqused_k", to.seqused_k));
+  FA_TRY(to_view(from->block_table, "block_table", to.block_table));
+  FA_TRY(to_view(from->alibi_slopes, "alibi_slopes", to.alibi_slopes));
+  FA_TRY(to_view(from->attn_bias, "attn_bias", to.attn_bias));
+  FA_TRY(to_view(from->learnable_sink, "learnable_sink", to.learnable_sink));
+  to.max_seqlen_q = from->max_seqlen_q;
+  to.max_seqlen_k = from->max_seqlen_k;
+  if (from->softmax_scale != nullptr) to.softmax_scale = *from->softmax_scale;
+  to.causal = from->causal != 0;
+  to.window_left = from->window_size_left;
+  to.window_right = from->window_size_right;
+  to.softcap = from->softcap;
+  to.dropout_p = from->dropout_p;
+  to.dropout_seed = from->dropout_seed;
+  to.dropout_offset = from->dropout_offset;
+  return {};
+}
+
+// ---- Running ----
+
+constexpr std::align_val_t kWorkspaceAlignment{64};
+// A thread keeps this much between calls; more is given back at once, so that one long sequence
+// does not hold its memory for the life of the thread.
+constexpr int64_t kMaxRetainedWorkspace = int64_t{64} << 20;
+
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { release(); }
+
+  // At least `bytes`, or null where there is no memory. What was in it is lost.
+  void* reserve(int64_t bytes) {
+    if (bytes <= capacity_) return data_;
+    release();
+    data_ = ::operator new(static_cast<size_t>(bytes), kWorkspaceAlignment, std::nothrow);
+    capacity_ = data_ == nullptr ? 0 : bytes;
+    return data_;
+  }
+
+  void trim() {
+    if (capacity_ > kMaxRetainedWorkspace) release();
+  }
+
+ private:
+  void release() {
+    ::operator delete(data_, kWorkspaceAlignment);
+    data_ = nullptr;
+    capacity_ = 0;
+  }
+
+  void* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+Status run_plan(const core::Plan& plan, const AttentionArgs& args, void* stream_handle) {
+  thread_local Workspace workspace;
+  const core::Stream stream{stream_handle, &cpu::default_parallel()};
+  const int64_t bytes = plan.workspace_bytes(stream.parallel->num_workers());
+  void* scratch = workspace.reserve(bytes);
+  if (bytes > 0 && scratch == nullptr) {
+    return {StatusCode::kOutOfMemory, core::concat("no memory for ", bytes, " bytes of workspace")};
+  }
+  Status status = plan.run(args, scratch, stream);
+  workspace.trim();
+  return status;
+}
+
+std::string forced_backend(const fa_attention_args& args) {
+  return args.backend != nullptr ? std::string{args.backend} : core::environment::backend();
+}
+
+Status forward(const fa_attention_args* c_args) {
+  AttentionArgs args;
+  FA_TRY(to_core(c_args, args));
+  const Result<AttentionProblem> problem = core::validate_forward(args);
+  if (!problem.ok()) return problem.status();
+  const Result<core::Choice> choice =
+      core::choose(problem.value(), args.q.device, forced_backend(*c_args));
+  if (!choice.ok()) return choice.status();
+  return run_plan(*choice.value().plan, args, c_args->stream);
+}
+
+Status explain(const fa_attention_args* c_args, std::string& text) {
+  AttentionArgs args;
+  FA_TRY(to_core(c_args, args));
+  const Result<AttentionProblem> problem = core::validate_forward(args);
+  if (!problem.ok()) return problem.status();
+  text = core::to_string(core::explain(problem.value(), args.q.device, forced_backend(*c_args)));
+  return {};
+}
+
+void copy_text(const std::string& text, char* to, size_t capacity) {
+  if (to == nullptr || capacity == 0) return;
+  const size_t length = text.size() < capacity ? text.size() : capacity - 1;
+  std::memcpy(to, text.data(), length);
+  to[length] = '\0';
+}
+
+// ---- The oracle ----
+
+// A stand-in for args.out, so that the checks of the forward see a whole call.
+TensorView output_like(const AttentionArgs& args, const TensorView& storage) {
+  TensorView view;
+  if (args.q.ndim < 1 || args.v.ndim < 1) return view;  // the checks will say so of q and v
+  view = args.q;
+  view.data = storage.data != nullptr ? storage.data : args.q.data;
+  view.shape[view.ndim - 1] = args.v.shape[args.v.ndim - 1];
+  view.strides = {};
+  int64_t stride = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    view.strides[d] = stride;
+    // Wraps where the sizes overflow; validate_forward() refuses those by q and v.
+    stride = static_cast<int64_t>(static_cast<uint64_t>(stride) *
+                                  static_cast<uint64_t>(view.shape[d] > 1 ? view.shape[d] : 1));
+  }
+  return view;
+}
+
+// The shape of lse, in the vocabulary of the problem.
+TensorView lse_like(const AttentionArgs& args, const AttentionProblem& problem) {
+  TensorView view;
+  if (problem.layout == core::Layout::kVarlen) {
+    view.ndim = 2;
+    view.shape = {problem.num_heads, args.q.shape[0]};
+  } else {
+    view.ndim = 3;
+    view.shape = {problem.batch, problem.num_heads, problem.seqlen_q};
+  }
+  return view;
+}
+
+// An fp64 result, row-major in the shape of `like`.
+Status check_result(const TensorView& view, const char* name, const TensorView& like) {
+  if (!view.present()) return {};
+  if (view.dtype != DataType::kFloat64) {
+    return core::invalid_argument(name, ": dtype is ", core::name(view.dtype), ", must be float64");
+  }
+  if (view.device.type != core::DeviceType::kCpu) {
+    return core::invalid_argument(name, ": lies on ", core::name(view.device), ", must be on cpu");
+  }
+  bool same = view.ndim == like.ndim;
+  for (int d = 0; same && d < like.ndim; ++d) same = view.shape[d] == like.shape[d];
+  if (!same) {
+    return core::invalid_argument(name, ": shape is ", core::shape_text(view), ", must be ",
+                                  core::shape_text(like));
+  }
+  if (view.num_elements() == 0) return {};
+  int64_t stride = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    if (view.shape[d] > 1 && view.strides[d] != stride) {
+      return core::invalid_argument(name, ": strides[", d, "] is ", view.strides[d], ", must be ",
+                                    stride, " (row-major without gaps)");
+    }
+    stride *= view.shape[d];
+  }
+  if (view.data == nullptr) {
+    return core::invalid_argument(name, ": data is NULL, shape is ", core::shape_text(view));
+  }
+  return {};
+}
+
+Status forward_oracle(const fa_attention_args* c_args, const fa_tensor* c_out,
+                      const fa_tensor* c_lse, const fa_tensor* c_bound) {
+  AttentionArgs args;
+  FA_TRY(check_struct(c_args));
+  fa_attention_args inputs = *c_args;
+  inputs.out = inputs.lse = inputs.s_dmask = nullptr;
+  FA_TRY(to_core(&inputs, args));
+  TensorView out, lse, bound;
+  FA_TRY(to_view(c_out, "out", out));
+  FA_TRY(to_view(c_lse, "lse", lse));
+  FA_TRY(to_view(c_bound, "bound", bound));
+  args.out = output_like(args, out);
+  const Result<AttentionProblem> problem = core::validate_forward(args);
+  if (!problem.ok()) return problem.status();
+  if (args.q.device.type != core::DeviceType::kCpu) {
+    return core::unsupported("q: lies on ", core::name(args.q.device),
+                             "; the oracle reads tensors on cpu only");
+  }
+  FA_TRY(check_result(out, "out", args.out));
+  FA_TRY(check_result(lse, "lse", lse_like(args, problem.value())));
+  FA_TRY(check_result(bound, "bound", args.out));
+  reference::forward(args, problem.value(),
+                     {out.as<double>(), lse.as<double>(), bound.as<double>()});
+  return {};
+}
+
+// ---- Implementations ----
+
+// A problem that an implementation refuses only where it cannot run on this machine at all.
+AttentionProblem trivial_problem() {
+  AttentionProblem problem;
+  problem.batch = problem.seqlen_q = problem.seqlen_k = 1;
+  problem.num_heads = problem.num_heads_kv = 1;
+  problem.head_dim = problem.head_dim_v = 64;
+  return problem;
+}
+
+// Per implementation the reason why this machine cannot run it; "" where it can. It tries each
+// dtype, since an instruction set may serve one of them only.
+std::vector<std::string> probe(core::DeviceType device_type) {
+  std::vector<std::string> reasons;
+  for (const core::Implementation& implementation : core::implementations(device_type)) {
+    std::string reason;
+    for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16}) {
+      AttentionProblem problem = trivial_problem();
+      problem.dtype = dtype;
+      const Result<core::PlanPtr> plan = implementation.accept(problem, {device_type, 0});
+      if (plan.ok()) {
+        reason.clear();
+        break;
+      }
+      if (reason.empty()) reason = plan.status().message();
+    }
+    reasons.push_back(std::move(reason));
+  }
+  return reasons;
+}
+
+const std::vector<std::string>& unavailability(core::DeviceType device_type) {
+  static const std::vector<std::string> cpu = probe(core::DeviceType::kCpu);
+  static const std::vector<std::string> cuda = probe(core::DeviceType::kCuda);
+  static const std::vector<std::string> none;
+  if (device_type == core::DeviceType::kCpu) return cpu;
+  return device_type == core::DeviceType::kCuda ? cuda : none;
+}
+
+const char* why_unavailable(core::DeviceType device_type, int32_t index) {
+  const std::vector<std::string>& reasons = unavailability(device_type);
+  if (index < 0 || static_cast<size_t>(index) >= reasons.size()) {
+    return "there is no implementation of this index";
+  }
+  return reasons[static_cast<size_t>(index)].c_str();
+}
+
+}  // namespace
+}  // namespace fa::api
+
+using fa::api::guarded;
+
+extern "C" {
+
+void fa_attention_args_init(fa_attention_args* args) {
+  if (args == nullptr) return;
+  *args = fa_attention_args{};
+  args->struct_size = sizeof(fa_attention_args);
+  args->window_size_left = -1;
+  args->window_size_right = -1;
+}
+
+fa_status fa_forward(const fa_attention_args* args) {
+  return guarded([&] { return fa::api::forward(args); });
+}
+
+fa_status fa_forward_oracle(const fa_attention_args* args, const fa_tensor* out,
+                            const fa_tensor* lse, const fa_tensor* bound) {
+  return guarded([&] { return fa::api::forward_oracle(args, out, lse, bound); });
+}
+
+fa_status fa_explain(const fa_attention_args* args, char* text, size_t capacity, size_t* needed) {
+  if (text != nullptr && capacity > 0) *text = '\0';
+  if (needed != nullptr) *needed = 0;
+  return guarded([&]() -> fa::core::Status {
+    std::string explanation;
+    FA_TRY(fa::api::explain(args, explanation));
+    fa::api::copy_text(explanation, text, capacity);
+    if (needed != nullptr) *needed = explanation.size() + 1;
+    return {};
+  });
+}
+
+const char* fa_implementation_name(int32_t device_type, int32_t index) {
+  const char* name = nullptr;
+  const fa_status status = guarded([&]() -> fa::core::Status {
+    const auto list = fa::core::implementations(static_cast<fa::core::DeviceType>(device_type));
+    if (index >= 0 && static_cast<size_t>(index) < list.size()) {
+      name = list[static_cast<size_t>(index)].name;
+    }
+    return {};
+  });
+  return status == FA_OK ? name : nullptr;
+}
+
+int32_t fa_implementation_available(int32_t device_type, int32_t index, const char** reason) {
+  const char* why = "";
+  const fa_status status = guarded([&]() -> fa::core::Status {
+    why = fa::api::why_unavailable(static_cast<fa::core::DeviceType>(device_type), index);
+    return {};
+  });
+  if (status != FA_OK) why = "asking it failed; fa_last_error_message() says how";
+  if (reason != nullptr) *reason = why;
+  return *why == '\0' ? 1 : 0;
+}
+
+int32_t fa_num_threads(const char** source) {
+  int32_t threads = 1;
+  const char* from = "";
+  const fa_status status = guarded([&]() -> fa::core::Status {
+    threads = fa::cpu::default_parallel().num_workers();
+    from = fa::cpu::parallel_source();
+    return {};
+  });
+  if (source != nullptr) *source = status == FA_OK ? from : "";
+  return threads;
+}
+
+fa_status fa_use_openmp_runtime(const char* path) {
+  return guarded([&]() -> fa::core::Status {
+    if (path == nullptr) return fa::core::invalid_argument("path is NULL");
+    return fa::cpu::use_openmp_runtime(path);
+  });
+}
+
+const char* fa_last_error_message(void) { return fa::api::last_error().get(); }
+
+const char* fa_version(void) { return FA_VERSION; }
+
+}  // extern "C"

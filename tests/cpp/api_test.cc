@@ -1,0 +1,385 @@
+// The C and the C++ interface as their users meet them.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "flash_attn/attention.hpp"
+#include "tests/case_runner.h"
+#include "tests/cases.h"
+#include "tests/cpp/testing.h"
+
+namespace fa::cases {
+namespace {
+
+constexpr int64_t kBatch = 2, kSeqlen = 40, kHeads = 4, kDim = 16;
+constexpr size_t kElements = kBatch * kSeqlen * kHeads * kDim;
+
+std::vector<float> normal(uint64_t seed, size_t count = kElements) {
+  testing::Random random(seed);
+  std::vector<float> values(count);
+  for (float& value : values) value = static_cast<float>(random.normal());
+  return values;
+}
+
+// A dense fp32 call on memory of its own.
+struct Example {
+  std::vector<float> q = normal(1), k = normal(2), v = normal(3);
+  std::vector<float> out = std::vector<float>(kElements, -77.0f);
+
+  ForwardArgs args() {
+    return {.q = bshd(q), .k = bshd(k), .v = bshd(v), .out = bshd(out), .causal = true};
+  }
+  static Tensor bshd(std::vector<float>& values) {
+    return tensor(values.data(), {kBatch, kSeqlen, kHeads, kDim});
+  }
+};
+
+bool contains(const std::string& text, const char* part) {
+  return text.find(part) != std::string::npos;
+}
+
+// ---- attention.hpp ----
+
+TEST(Cpp, forward_meets_the_oracle) {
+  Example example;
+  std::vector<float> lse(kBatch * kHeads * kSeqlen);
+  ForwardArgs args = example.args();
+  args.lse = tensor(lse.data(), {kBatch, kHeads, kSeqlen});
+  const Status status = forward(args);
+  ASSERT_TRUE(status.ok()) << status.message();
+
+  std::vector<double> out(kElements), bound(kElements), lse64(lse.size());
+  const Status oracle = forward_oracle(args, tensor(out.data(), {kBatch, kSeqlen, kHeads, kDim}),
+                                       tensor(lse64.data(), {kBatch, kHeads, kSeqlen}),
+                                       tensor(bound.data(), {kBatch, kSeqlen, kHeads, kDim}));
+  ASSERT_TRUE(oracle.ok()) << oracle.message();
+  for (size_t i = 0; i < kElements; ++i) {
+    ASSERT_LE(std::abs(static_cast<double>(example.out[i]) - out[i]), kFloat32OutBound * bound[i]);
+  }
+  for (size_t i = 0; i < lse.size(); ++i) ASSERT_NEAR(lse[i], lse64[i], 1e-5);
+}
+
+TEST(Cpp, dtypes_follow_from_pointers) {
+  std::array<float16, 4> half{};
+  std::array<bfloat16, 4> brain{};
+  const std::array<double, 4> wide{};
+  EXPECT_EQ(tensor(half.data(), {4}).dtype(), DType::kFloat16);
+  EXPECT_EQ(tensor(brain.data(), {2, 2}).dtype(), DType::kBFloat16);
+  EXPECT_EQ(tensor(wide.data(), {4}).dtype(), DType::kFloat64);
+  EXPECT_TRUE(tensor(wide.data(), {4}).read_only());
+  EXPECT_FALSE(tensor(half.data(), {4}).read_only());
+  EXPECT_EQ(tensor(static_cast<void*>(half.data()), DType::kInt32, {2}).dtype(), DType::kInt32);
+  EXPECT_FALSE(Tensor{}.present());
+}
+
+TEST(Cpp, constant_inputs_are_taken_and_constant_outputs_refused) {
+  Example example;
+  ForwardArgs args = example.args();
+  const std::vector<float>& q = example.q;
+  args.q = tensor(q.data(), {kBatch, kSeqlen, kHeads, kDim});
+  EXPECT_TRUE(forward(args).ok());
+  args.out = tensor(q.data(), {kBatch, kSeqlen, kHeads, kDim});
+  const Status status = forward(args);
+  EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+  EXPECT_TRUE(contains(status.message(), "out:")) << status.message();
+}
+
+TEST(Cpp, tensors_that_are_none_are_named) {
+  Example example;
+  ForwardArgs args = example.args();
+  args.k = tensor(example.k.data(), {1, 1, 1, 1, 1, 1});
+  EXPECT_TRUE(contains(forward(args).message(), "k:"));
+  args = example.args();
+  args.v = tensor(example.v.data(), {kBatch, kSeqlen, kHeads, kDim}, {kDim, 1});
+  EXPECT_TRUE(contains(forward(args).message(), "v:"));
+  args = example.args();
+  args.q = Tensor{};
+  EXPECT_TRUE(contains(forward(args).message(), "q: is missing"));
+  EXPECT_EQ(example.out[0], -77.0f);
+}
+
+TEST(Cpp, errors_are_thrown_where_asked) {
+  EXPECT_NO_THROW(Status{}.throw_if_error());
+  Example example;
+  ForwardArgs args = example.args();
+  args.softcap = -1.0;
+  try {
+    forward(args).throw_if_error();
+    FAIL() << "nothing was thrown";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), StatusCode::kInvalidArgument);
+    EXPECT_TRUE(contains(error.what(), "softcap"));
+  }
+}
+
+TEST(Cpp, strides_say_where_elements_lie) {
+  Example example;
+  ASSERT_TRUE(forward(example.args()).ok());
+  const std::vector<float> expected = example.out;
+  // [B, H, S, D], seen as [B, S, H, D].
+  std::vector<float> transposed(kElements);
+  const Tensor out = tensor(transposed.data(), {kBatch, kSeqlen, kHeads, kDim},
+                            {kHeads * kSeqlen * kDim, kDim, kSeqlen * kDim, 1});
+  ForwardArgs args = example.args();
+  args.out = out;
+  ASSERT_TRUE(forward(args).ok());
+  for (int64_t s = 0; s < kSeqlen; ++s) {
+    for (int64_t h = 0; h < kHeads; ++h) {
+      const size_t at = static_cast<size_t>((h * kSeqlen + s) * kDim);
+      const size_t from = static_cast<size_t>((s * kHeads + h) * kDim);
+      ASSERT_EQ(transposed[at], expected[from]);
+    }
+  }
+}
+
+TEST(Cpp, explain_names_the_choice_and_the_mistake) {
+  Example example;
+  ForwardArgs args = example.args();
+  args.backend = "reference";
+  std::string text;
+  ASSERT_TRUE(explain(args, &text).ok());
+  EXPECT_TRUE(contains(text, "reference")) << text;
+  EXPECT_TRUE(contains(text, "chosen")) << text;
+  EXPECT_TRUE(contains(text, "'reference' is forced")) << text;
+  EXPECT_EQ(text, explain(args));
+  for (const Implementation& implementation : implementations()) {
+    EXPECT_TRUE(contains(text, implementation.name.c_str())) << text;
+  }
+  args.dropout_p = 1.5;
+  EXPECT_FALSE(explain(args, &text).ok());
+  EXPECT_TRUE(contains(explain(args), "dropout_p: is 1.5"));
+  EXPECT_EQ(example.out[0], -77.0f);
+}
+
+TEST(Cpp, implementations_end_with_the_reference) {
+  const std::vector<Implementation> list = implementations();
+  ASSERT_GE(list.size(), 2u);
+  EXPECT_EQ(list.back().name, "reference");
+  for (const Implementation& it : list) EXPECT_EQ(it.available, it.reason.empty()) << it.name;
+  EXPECT_TRUE(list.back().available);
+}
+
+TEST(Cpp, version_has_three_numbers) {
+  int major = -1, minor = -1, patch = -1;
+  char rest = 0;
+  EXPECT_EQ(std::sscanf(version(), "%d.%d.%d%c", &major, &minor, &patch, &rest), 3);
+}
+
+TEST(Cpp, threads_are_told) {
+  EXPECT_GE(threads().count, 1);
+  EXPECT_FALSE(threads().source.empty());
+  EXPECT_GE(fa_num_threads(nullptr), 1);
+}
+
+// ---- flash_attn.h ----
+
+const Case kCase{.name = "api", .seqlen_q = 50, .seqlen_k = 70, .head_dim = 24};
+
+// The values of out after a call.
+std::vector<double> run(PreparedCase& it) {
+  EXPECT_EQ(fa_forward(&it.args()), FA_OK) << fa_last_error_message();
+  std::vector<double> values;
+  const HostTensor& out = it.tensors().out;
+  for (int64_t i = 0; i < out.num_elements(); ++i) values.push_back(out.get(out.offset_of(i)));
+  return values;
+}
+
+TEST(C, tensors_are_those_of_dlpack) {
+  EXPECT_EQ(sizeof(fa_tensor), 48u);
+  EXPECT_EQ(offsetof(fa_tensor, device_type), 8u);
+  EXPECT_EQ(offsetof(fa_tensor, ndim), 16u);
+  EXPECT_EQ(offsetof(fa_tensor, dtype_code), 20u);
+  EXPECT_EQ(offsetof(fa_tensor, shape), 24u);
+  EXPECT_EQ(offsetof(fa_tensor, strides), 32u);
+  EXPECT_EQ(offsetof(fa_tensor, byte_offset), 40u);
+}
+
+TEST(C, absent_strides_are_compact_and_byte_offsets_count) {
+  PreparedCase it(kCase, core::DataType::kFloat32);
+  const std::vector<double> expected = run(it);
+  fa_tensor q = *it.args().q, out = *it.args().out;
+  q.strides = out.strides = nullptr;
+  q.data = static_cast<char*>(q.data) - 8;
+  q.byte_offset = 8;
+  it.args().q = &q;
+  it.args().out = &out;
+  it.tensors().out.poison();
+  EXPECT_EQ(run(it), expected);
+}
+
+TEST(C, lse_may_be_absent) {
+  PreparedCase it(kCase, core::DataType::kBFloat16);
+  const std::vector<double> expected = run(it);
+  it.args().lse = nullptr;
+  it.tensors().lse.poison();
+  const uint64_t before = it.tensors().lse.hash();
+  EXPECT_EQ(run(it), expected);
+  EXPECT_EQ(it.tensors().lse.hash(), before);
+}
+
+TEST(C, defaults_are_plain_attention) {
+  fa_attention_args args;
+  std::memset(&args, 0x5A, sizeof(args));
+  fa_attention_args_init(&args);
+  EXPECT_EQ(args.struct_size, sizeof(args));
+  EXPECT_EQ(args.window_size_left, -1);
+  EXPECT_EQ(args.window_size_right, -1);
+  EXPECT_EQ(args.causal, 0);
+  EXPECT_EQ(args.softmax_scale, nullptr);
+  EXPECT_EQ(args.q, nullptr);
+  EXPECT_EQ(args.backend, nullptr);
+}
+
+TEST(C, errors_belong_to_their_thread_and_last) {
+  fa_attention_args args;
+  fa_attention_args_init(&args);
+  std::string before, after, survived;
+  std::thread other([&] {
+    before = fa_last_error_message();
+    PreparedCase it(kCase, core::DataType::kFloat32);
+    it.args().softcap = -3.0;
+    fa_forward(&it.args());
+    after = fa_last_error_message();
+    it.args().softcap = 0.0;
+    fa_forward(&it.args());
+    survived = fa_last_error_message();
+  });
+  EXPECT_EQ(fa_forward(&args), FA_INVALID_ARGUMENT);
+  const char* message = fa_last_error_message();
+  other.join();
+  EXPECT_STREQ(message, "q: is missing, must be given");
+  EXPECT_EQ(before, "");
+  EXPECT_TRUE(contains(after, "softcap: is -3"));
+  EXPECT_EQ(survived, after) << "a call that succeeds leaves the last failure";
+}
+
+TEST(C, explain_is_cut_at_the_capacity) {
+  PreparedCase it(kCase, core::DataType::kFloat32);
+  size_t needed = 0;
+  ASSERT_EQ(fa_explain(&it.args(), nullptr, 0, &needed), FA_OK);
+  std::string whole(needed, '?');
+  ASSERT_EQ(fa_explain(&it.args(), whole.data(), whole.size(), nullptr), FA_OK);
+  EXPECT_EQ(whole.find('\0'), needed - 1);
+  char text[12];
+  std::memset(text, '?', sizeof(text));
+  ASSERT_EQ(fa_explain(&it.args(), text, 10, &needed), FA_OK);
+  EXPECT_EQ(std::string(text), whole.substr(0, 9));
+  EXPECT_EQ(text[10], '?');
+  it.args().q = nullptr;
+  EXPECT_EQ(fa_explain(&it.args(), text, sizeof(text), &needed), FA_INVALID_ARGUMENT);
+  EXPECT_STREQ(text, "");
+}
+
+TEST(C, implementations_past_the_end_are_null) {
+  int32_t count = 0;
+  while (fa_implementation_name(FA_CPU, count) != nullptr) ++count;
+  EXPECT_GE(count, 2);
+  const char* reason = nullptr;
+  for (int32_t index : {-1, count, count + 1000}) {
+    EXPECT_EQ(fa_implementation_name(FA_CPU, index), nullptr);
+    EXPECT_EQ(fa_implementation_available(FA_CPU, index, &reason), 0);
+    EXPECT_STRNE(reason, "");
+  }
+  EXPECT_EQ(fa_implementation_name(12345, 0), nullptr);
+  EXPECT_EQ(fa_implementation_available(12345, 0, nullptr), 0);
+}
+
+TEST(C, openmp_runtimes_that_are_not_there_are_named) {
+  EXPECT_EQ(fa_use_openmp_runtime("/nowhere/libgomp.so.1"), FA_UNSUPPORTED);
+  EXPECT_TRUE(contains(fa_last_error_message(), "/nowhere/libgomp.so.1"));
+  EXPECT_EQ(fa_use_openmp_runtime(nullptr), FA_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(fa_last_error_message(), "path"));
+}
+
+class EnvironmentVariable {
+ public:
+  EnvironmentVariable(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+  ~EnvironmentVariable() { unsetenv(name_); }
+
+ private:
+  const char* name_;
+};
+
+TEST(C, the_environment_forces_a_backend_and_the_call_overrides_it) {
+  PreparedCase it(kCase, core::DataType::kFloat32);
+  const EnvironmentVariable forced("FLASH_ATTENTION_BACKEND", "reference");
+  EXPECT_EQ(chosen_implementation(it.args()), "reference");
+  it.args().backend = "cpu";
+  EXPECT_EQ(chosen_implementation(it.args()).rfind("cpu:", 0), 0u);
+  it.args().backend = "";
+  EXPECT_NE(chosen_implementation(it.args()), "reference");
+}
+
+TEST(C, an_unknown_backend_in_the_environment_is_an_error) {
+  PreparedCase it(kCase, core::DataType::kFloat32);
+  const EnvironmentVariable forced("FLASH_ATTENTION_BACKEND", "cpu:abacus");
+  EXPECT_EQ(fa_forward(&it.args()), FA_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(fa_last_error_message(), "cpu:abacus"));
+}
+
+TEST(C, the_oracle_checks_its_results) {
+  PreparedCase it(kCase, core::DataType::kFloat32);
+  const std::vector<int64_t>& shape = it.tensors().out.shape();
+  HostTensor out = HostTensor::compact(core::DataType::kFloat64, shape);
+  EXPECT_EQ(fa_forward_oracle(&it.args(), out.c_tensor(), nullptr, nullptr), FA_OK);
+  EXPECT_TRUE(out.only_elements_written());
+  EXPECT_EQ(fa_forward_oracle(&it.args(), nullptr, nullptr, nullptr), FA_OK);
+
+  HostTensor narrow = HostTensor::compact(core::DataType::kFloat32, shape);
+  EXPECT_EQ(fa_forward_oracle(&it.args(), nullptr, nullptr, narrow.c_tensor()),
+            FA_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(fa_last_error_message(), "bound: dtype is float32"));
+  EXPECT_EQ(fa_forward_oracle(&it.args(), nullptr, out.c_tensor(), nullptr), FA_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(fa_last_error_message(), "lse: shape is [2, 50, 2, 24]"));
+  HostTensor gaps(core::DataType::kFloat64, shape, {10000, 100, 30, 1});
+  EXPECT_EQ(fa_forward_oracle(&it.args(), gaps.c_tensor(), nullptr, nullptr), FA_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(fa_last_error_message(), "strides"));
+  it.args().softcap = -1.0;
+  EXPECT_EQ(fa_forward_oracle(&it.args(), out.c_tensor(), nullptr, nullptr), FA_INVALID_ARGUMENT);
+}
+
+TEST(C, workspace_grows_and_shrinks_between_calls) {
+  const Case small{.name = "small", .seqlen_q = 3, .seqlen_k = 5, .head_dim = 8};
+  const Case large{.name = "large", .batch = 1, .seqlen_q = 300, .seqlen_k = 300, .head_dim = 256};
+  PreparedCase a(small, core::DataType::kFloat32), b(large, core::DataType::kFloat32);
+  const std::vector<double> first = run(a);
+  run(b);
+  EXPECT_EQ(run(a), first);
+  run(b);
+}
+
+TEST(C, concurrent_calls_agree_with_those_made_alone) {
+  constexpr int kThreads = 6, kCalls = 20;
+  const std::vector<double> expected = [] {
+    PreparedCase it(kCase, core::DataType::kFloat32);
+    return run(it);
+  }();
+  std::vector<std::thread> threads;
+  std::vector<int> wrong(kThreads, 0);
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      PreparedCase it(kCase, core::DataType::kFloat32);
+      // Shapes of their own too, so that plans are made while others run.
+      const Case other{.name = "other", .seqlen_q = 7 + t, .seqlen_k = 30, .head_dim = 24};
+      PreparedCase own(other, core::DataType::kFloat32);
+      const std::vector<double> own_expected = run(own);
+      for (int call = 0; call < kCalls; ++call) {
+        it.tensors().out.poison();
+        if (run(it) != expected || run(own) != own_expected) {
+          ++wrong[static_cast<size_t>(t)];
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, std::vector<int>(kThreads, 0));
+}
+
+}  // namespace
+}  // namespace fa::cases
