@@ -27,16 +27,27 @@ struct AttentionArgs {
   TensorView attn_bias;       // broadcastable to [B, H, Sq, Sk]; fp32, q's dtype, or bool
   TensorView learnable_sink;  // [H]; fp32 or q's dtype
 
+  // Present: k and v are a cache, [batch_cache, seqlen_cache, Hk, D] or pages, of which the row of
+  // batch b holds cache_seqlens[b] tokens. int32 [B].
+  TensorView cache_seqlens;
+  TensorView cache_batch_idx;  // int32 [B]: the row of each batch; optional
+  TensorView cache_leftpad;    // int32 [B]: tokens at the start of a row to skip; optional
+  TensorView k_new, v_new;     // [B, Snew, Hk, D], written behind the cached tokens; optional
+  TensorView rotary_cos, rotary_sin;  // [positions, rotary_dim / 2], fp32 or q's dtype; optional
+  bool rotary_interleaved = true;     // pairs (0, 1), (2, 3)...; else (d, d + rotary_dim / 2)
+
   // Backward only, where out and lse are inputs. Each has the shape of what it is the gradient of.
   TensorView dout, dq, dk, dv;  // in q's dtype
   TensorView d_attn_bias;       // in attn_bias's dtype, summed where it was broadcast; optional
   TensorView d_learnable_sink;  // in learnable_sink's dtype; optional
+  bool deterministic = false;   // bitwise equal from run to run
 
   std::optional<double> softmax_scale;  // absent: D^-1/2
   bool causal = false;
   int64_t window_left = -1;   // -1: unbounded
   int64_t window_right = -1;  // -1: unbounded
   double softcap = 0.0;       // 0: none
+  int64_t num_splits = 0;     // of the keys; 0: as the implementation likes
   double dropout_p = 0.0;
   uint64_t dropout_seed = 0;
   uint64_t dropout_offset = 0;

@@ -23,8 +23,11 @@ size_t AttentionProblemHash::operator()(const AttentionProblem& problem) const {
 }
 
 std::string to_string(const AttentionProblem& p) {
-  std::string text = concat(p.direction == Direction::kForward ? "forward " : "backward ",
-                            name(p.dtype), p.layout == Layout::kVarlen ? " varlen" : " dense");
+  std::string text =
+      concat(p.direction == Direction::kForward ? "forward " : "backward ", name(p.dtype),
+             p.layout == Layout::kVarlen  ? " varlen"
+             : p.layout == Layout::kCache ? " cache"
+                                          : " dense");
   if (p.page_size > 0) text += concat(" paged(", p.page_size, ")");
   text += concat(" batch=", p.batch, " seqlen_q=", p.seqlen_q, " seqlen_k=", p.seqlen_k,
                  " num_heads=", p.num_heads, " num_heads_kv=", p.num_heads_kv,
@@ -36,6 +39,9 @@ std::string to_string(const AttentionProblem& p) {
   if (p.bias == BiasKind::kBoolean) text += " attn_bias(bool)";
   if (p.sink) text += " learnable_sink";
   if (p.dropout) text += " dropout";
+  if (p.appends) text += concat(" seqlen_new=", p.seqlen_new);
+  if (p.rotary_dim > 0) text += concat(" rotary_dim=", p.rotary_dim);
+  if (p.num_splits > 0) text += concat(" num_splits=", p.num_splits);
   if (p.wants_lse) text += " lse";
   if (p.wants_s_dmask) text += " s_dmask";
   if (p.deterministic) text += " deterministic";

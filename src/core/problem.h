@@ -12,7 +12,7 @@
 namespace fa::core {
 
 enum class Direction : uint8_t { kForward, kBackward };
-enum class Layout : uint8_t { kDense, kVarlen };
+enum class Layout : uint8_t { kDense, kVarlen, kCache };
 enum class BiasKind : uint8_t { kNone, kAdditive, kBoolean };
 
 struct AttentionProblem {
@@ -23,7 +23,7 @@ struct AttentionProblem {
   int64_t batch = 0;
   int64_t total_q = 0;   // rows of q, over the whole batch
   int64_t seqlen_q = 0;  // varlen: the longest
-  int64_t seqlen_k = 0;  // varlen: the longest
+  int64_t seqlen_k = 0;  // varlen: the longest; cache: what a row has room for
   int64_t num_heads = 0;
   int64_t num_heads_kv = 0;
   int64_t head_dim = 0;
@@ -39,6 +39,9 @@ struct AttentionProblem {
   bool wants_d_attn_bias = false;
   bool wants_d_learnable_sink = false;
   bool deterministic = false;
+  bool appends = false;  // cache: k_new and v_new
+  int64_t seqlen_new = 0;
+  int64_t rotary_dim = 0;  // 0: no rotary embedding
   int64_t num_splits = 0;  // of the keys; 0: as the implementation likes
 
   auto fields() const {
@@ -66,6 +69,9 @@ struct AttentionProblem {
                       wants_d_attn_bias,
                       wants_d_learnable_sink,
                       deterministic,
+                      appends,
+                      seqlen_new,
+                      rotary_dim,
                       num_splits};
   }
   bool operator==(const AttentionProblem& other) const { return fields() == other.fields(); }

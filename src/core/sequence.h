@@ -12,24 +12,40 @@
 namespace fa::core {
 
 // Row r of the sequence's queries is row `q_begin + r` of q and out, in their entry `batch` where
-// they have a batch dimension (dense). Keys alike, by `k_begin`. With pages k_begin is 0 and a key
-// is found by paged_row().
+// they have a batch dimension. Keys alike, by `k_begin` and `k_batch`. With pages, key r is where
+// paged_row() puts number `k_begin + r`.
 struct Sequence {
   int64_t batch;
   int64_t q_begin;
   int64_t seqlen_q;
+  int64_t k_batch;
   int64_t k_begin;
-  int64_t seqlen_k;  // keys in use: seqused_k where it is given
+  int64_t seqlen_k;  // keys in use: with seqused_k, or what is cached and appended
 };
 
 inline Sequence sequence(const AttentionArgs& args, const AttentionProblem& problem,
                          int64_t batch) {
   if (problem.layout == Layout::kDense) {
-    return {batch, 0, problem.seqlen_q, 0, problem.seqlen_k};
+    return {batch, 0, problem.seqlen_q, batch, 0, problem.seqlen_k};
+  }
+  if (problem.layout == Layout::kCache) {
+    const auto entry = [batch](const TensorView& vector, int64_t otherwise) -> int64_t {
+      return vector.present() ? vector.as<const int32_t>()[batch] : otherwise;
+    };
+    const int64_t leftpad = entry(args.cache_leftpad, 0);
+    return {batch,
+            0,
+            problem.seqlen_q,
+            entry(args.cache_batch_idx, batch),
+            leftpad,
+            entry(args.cache_seqlens, 0) + problem.seqlen_new - leftpad};
   }
   const int32_t* cu_seqlens_q = args.cu_seqlens_q.as<const int32_t>();
   const int32_t* cu_seqlens_k = args.cu_seqlens_k.as<const int32_t>();
-  Sequence result{batch, cu_seqlens_q[batch], cu_seqlens_q[batch + 1] - cu_seqlens_q[batch],
+  Sequence result{batch,
+                  cu_seqlens_q[batch],
+                  cu_seqlens_q[batch + 1] - cu_seqlens_q[batch],
+                  batch,
                   problem.page_size > 0 ? 0 : cu_seqlens_k[batch],
                   cu_seqlens_k[batch + 1] - cu_seqlens_k[batch]};
   if (args.seqused_k.present()) result.seqlen_k = args.seqused_k.as<const int32_t>()[batch];
@@ -58,7 +74,7 @@ inline Rows query_rows(const TensorView& q_or_out, const Sequence& sequence) {
 
 // Not for paged k and v.
 inline Rows key_rows(const TensorView& k_or_v, const Sequence& sequence) {
-  return rows_from(k_or_v, sequence.batch, sequence.k_begin);
+  return rows_from(k_or_v, sequence.k_batch, sequence.k_begin);
 }
 
 struct PagedRow {

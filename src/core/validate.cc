@@ -1,166 +1,18 @@
 #include "core/validate.h"
 
-#include <algorithm>
+#include <array>
 #include <limits>
-#include <string>
 
+#include "core/checks.h"
 #include "core/sequence.h"
+#include "core/validate_cache.h"
 
 namespace fa::core {
 namespace {
 
-constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
 // Lengths of varlen sequences are differences of int32.
 constexpr int64_t kMaxVarlenLength = std::numeric_limits<int32_t>::max();
 constexpr int64_t kSDmaskMultiple = 128;
-
-// A tensor under the name that the caller knows it by.
-struct Named {
-  const char* name;
-  const TensorView& view;
-};
-
-std::string strides_text(const TensorView& view) {
-  std::string text = "[";
-  for (int d = 0; d < view.ndim; ++d) text += concat(d == 0 ? "" : ", ", view.strides[d]);
-  return text + "]";
-}
-
-// *product = a * b; false on overflow. a, b >= 0.
-bool multiply(int64_t a, int64_t b, int64_t* product) {
-  constexpr int64_t kRoot = int64_t{1} << 31;  // below it no product overflows, and no division
-  if ((a >= kRoot || b >= kRoot) && a != 0 && b > kMaxInt64 / a) return false;
-  *product = a * b;
-  return true;
-}
-
-bool add(int64_t a, int64_t b, int64_t* sum) {
-  if (b > kMaxInt64 - a) return false;
-  *sum = a + b;
-  return true;
-}
-
-// ---- One tensor by itself. ----
-
-Status check_present(Named tensor) {
-  if (tensor.view.present()) return {};
-  return invalid_argument(tensor.name, ": is missing, must be given");
-}
-
-Status check_rank(Named tensor, int rank, const char* layout) {
-  if (tensor.view.ndim == rank) return {};
-  return invalid_argument(tensor.name, ": has ", tensor.view.ndim, " dimensions (shape ",
-                          shape_text(tensor.view), "), must have ", rank, ": ", layout);
-}
-
-Status check_dtype(Named tensor, DataType dtype) {
-  if (tensor.view.dtype == dtype) return {};
-  return invalid_argument(tensor.name, ": dtype is ", name(tensor.view.dtype), ", must be ",
-                          name(dtype));
-}
-
-// For the options whose dtype is fp32 or q's.
-Status check_float32_or(DataType dtype, Named tensor) {
-  if (tensor.view.dtype == DataType::kFloat32 || tensor.view.dtype == dtype) return {};
-  return invalid_argument(tensor.name, ": dtype is ", name(tensor.view.dtype),
-                          ", must be float32 or q's ", name(dtype));
-}
-
-Status check_device(Named tensor, Device device) {
-  if (tensor.view.device == device) return {};
-  return invalid_argument(tensor.name, ": is on ", name(tensor.view.device),
-                          ", must be on q's device, ", name(device));
-}
-
-// Sizes and strides are not negative, byte offsets fit in int64, and there is memory.
-// The dtype is one with a size.
-Status check_storage(Named tensor) {
-  const TensorView& view = tensor.view;
-  const int64_t element_bytes = byte_size(view.dtype);
-  int64_t bytes = element_bytes;  // of the elements, empty dimensions counted as 1
-  int64_t reach = 1;              // elements from the first to the last in memory
-  bool fits = true;
-  bool empty = false;
-  for (int d = 0; d < view.ndim; ++d) {
-    const int64_t size = view.shape[d];
-    if (size < 0) {
-      return invalid_argument(tensor.name, ": dimension ", d, " has size ", size,
-                              ", must be at least 0 (shape ", shape_text(view), ")");
-    }
-    empty = empty || size == 0;
-    if (size <= 1) continue;
-    if (view.strides[d] < 0) {
-      return invalid_argument(tensor.name, ": dimension ", d, " has stride ", view.strides[d],
-                              ", must be at least 0 (strides ", strides_text(view), ")");
-    }
-    int64_t step = 0;
-    fits = fits && multiply(bytes, size, &bytes) && multiply(size - 1, view.strides[d], &step) &&
-           add(reach, step, &reach);
-  }
-  if (!fits || !multiply(reach, element_bytes, &reach)) {
-    return invalid_argument(tensor.name, ": shape ", shape_text(view), " with strides ",
-                            strides_text(view), " spans more bytes than int64 can count");
-  }
-  if (empty) return {};
-  if (view.data == nullptr) {
-    return invalid_argument(tensor.name, ": data pointer is null, must point to the ",
-                            shape_text(view), " elements");
-  }
-  if (reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(element_bytes) != 0) {
-    return invalid_argument(tensor.name, ": data pointer ", view.data, " must be aligned to ",
-                            element_bytes, " bytes, the size of ", name(view.dtype));
-  }
-  return {};
-}
-
-Status check_last_contiguous(Named tensor) {
-  const int last = tensor.view.ndim - 1;
-  if (last < 0 || tensor.view.shape[last] <= 1 || tensor.view.strides[last] == 1) return {};
-  return invalid_argument(tensor.name, ": the last dimension has stride ",
-                          tensor.view.strides[last], ", must be contiguous (stride 1; strides ",
-                          strides_text(tensor.view), ")");
-}
-
-// An output in which two indices share an element would depend on the order of writes.
-Status check_no_broadcast(Named output) {
-  if (output.view.num_elements() == 0) return {};
-  for (int d = 0; d < output.view.ndim; ++d) {
-    if (output.view.shape[d] > 1 && output.view.strides[d] == 0) {
-      return invalid_argument(output.name, ": dimension ", d,
-                              " has stride 0, must not be broadcast, because it is written (shape ",
-                              shape_text(output.view), ")");
-    }
-  }
-  return {};
-}
-
-// What `tensor` calls `what` must be `expected`, which belongs to `owner` ("q's").
-Status check_size(Named tensor, const char* what, int64_t actual, const char* owner,
-                  int64_t expected) {
-  if (actual == expected) return {};
-  return invalid_argument(tensor.name, ": ", what, " is ", actual, ", must equal ", owner, " ",
-                          expected, " (", tensor.name, " has shape ", shape_text(tensor.view), ")");
-}
-
-template <size_t kRank>
-Status check_shape(Named tensor, const std::array<int64_t, kRank>& expected, const char* layout) {
-  bool equal = tensor.view.ndim == static_cast<int>(kRank);
-  for (size_t d = 0; equal && d < kRank; ++d) equal = tensor.view.shape[d] == expected[d];
-  if (equal) return {};
-  TensorView wanted;
-  wanted.ndim = static_cast<int>(kRank);
-  std::copy(expected.begin(), expected.end(), wanted.shape.begin());
-  return invalid_argument(tensor.name, ": shape is ", shape_text(tensor.view), ", must be ",
-                          shape_text(wanted), ", ", layout);
-}
-
-Status check_int32_vector(Named tensor, Device device) {
-  FA_TRY(check_rank(tensor, 1, "one entry per sequence"));
-  FA_TRY(check_dtype(tensor, DataType::kInt32));
-  FA_TRY(check_device(tensor, device));
-  FA_TRY(check_storage(tensor));
-  return check_last_contiguous(tensor);
-}
 
 // ---- q, k, v and out. ----
 
@@ -176,6 +28,14 @@ struct Ranks {
 Ranks ranks(Layout layout, bool paged) {
   constexpr const char* kPagedK = "[num_blocks, page_size, num_heads_kv, head_dim]";
   constexpr const char* kPagedV = "[num_blocks, page_size, num_heads_kv, head_dim_v]";
+  if (layout == Layout::kCache) {
+    return {4,
+            4,
+            "[batch, seqlen_q, num_heads, head_dim]",
+            paged ? kPagedK : "[batch_cache, seqlen_cache, num_heads_kv, head_dim]",
+            paged ? kPagedV : "[batch_cache, seqlen_cache, num_heads_kv, head_dim_v]",
+            "[batch, seqlen_q, num_heads, head_dim_v]"};
+  }
   if (layout == Layout::kDense) {
     return {4,
             4,
@@ -266,7 +126,27 @@ Status check_dense_sizes(const AttentionArgs& args, AttentionProblem* problem) {
 
 // ---- Varlen and pages. ----
 
-// cu_seqlens_* make a call varlen; what only varlen has needs them.
+Status check_only_with_layout(const AttentionArgs& args, Layout layout) {
+  if (args.block_table.present() && layout == Layout::kDense) {
+    return invalid_argument(
+        "block_table: is given, must only be used with cu_seqlens_q and "
+        "cu_seqlens_k, or with cache_seqlens");
+  }
+  if (layout == Layout::kCache) return {};
+  for (const Named& tensor :
+       {Named{"cache_seqlens", args.cache_seqlens}, Named{"cache_batch_idx", args.cache_batch_idx},
+        Named{"cache_leftpad", args.cache_leftpad}, Named{"k_new", args.k_new},
+        Named{"v_new", args.v_new}, Named{"rotary_cos", args.rotary_cos},
+        Named{"rotary_sin", args.rotary_sin}}) {
+    if (!tensor.view.present()) continue;
+    return invalid_argument(tensor.name,
+                            ": is given, must only be used with a dense q and "
+                            "cache_seqlens");
+  }
+  return {};
+}
+
+// cu_seqlens_* make a call varlen, cache_seqlens one over a cache; what only those have needs them.
 Status check_layout(const AttentionArgs& args, AttentionProblem* problem) {
   const bool q = args.cu_seqlens_q.present();
   const bool k = args.cu_seqlens_k.present();
@@ -275,38 +155,19 @@ Status check_layout(const AttentionArgs& args, AttentionProblem* problem) {
     const char* given = q ? "cu_seqlens_q" : "cu_seqlens_k";
     return invalid_argument(missing, ": is missing, must be given together with ", given);
   }
-  problem->layout = q ? Layout::kVarlen : Layout::kDense;
-  if (q) return {};
-  for (const Named& tensor :
-       {Named{"seqused_k", args.seqused_k}, Named{"block_table", args.block_table}}) {
-    if (!tensor.view.present()) continue;
-    return invalid_argument(tensor.name,
-                            ": is given, must only be used with cu_seqlens_q and cu_seqlens_k");
+  problem->layout = q                              ? Layout::kVarlen
+                    : args.cache_seqlens.present() ? Layout::kCache
+                                                   : Layout::kDense;
+  if (problem->layout == Layout::kVarlen || !args.seqused_k.present()) {
+    return check_only_with_layout(args, problem->layout);
   }
-  return {};
+  return invalid_argument(
+      "seqused_k: is given, must only be used with cu_seqlens_q and cu_seqlens_k");
 }
 
 Status check_max_seqlen(const char* name, int64_t max_seqlen) {
   if (max_seqlen >= 0 && max_seqlen <= kMaxVarlenLength) return {};
   return invalid_argument(name, ": is ", max_seqlen, ", must be in [0, ", kMaxVarlenLength, "]");
-}
-
-Status check_pages(const AttentionArgs& args, AttentionProblem* problem) {
-  const Named table{"block_table", args.block_table};
-  FA_TRY(check_rank(table, 2, "[batch, max_blocks]"));
-  FA_TRY(check_dtype(table, DataType::kInt32));
-  FA_TRY(check_device(table, args.q.device));
-  FA_TRY(check_storage(table));
-  FA_TRY(check_last_contiguous(table));
-  FA_TRY(check_size(table, "batch", args.block_table.shape[0], "cu_seqlens_q's number of sequences",
-                    problem->batch));
-  problem->page_size = args.k.shape[1];
-  if (problem->page_size < 1) {
-    return invalid_argument("k: page_size is 0, must be at least 1 (k has shape ",
-                            shape_text(args.k), ")");
-  }
-  FA_TRY(check_size({"v", args.v}, "num_blocks", args.v.shape[0], "k's", args.k.shape[0]));
-  return check_size({"v", args.v}, "page_size", args.v.shape[1], "k's", problem->page_size);
 }
 
 Status check_varlen_sizes(const AttentionArgs& args, AttentionProblem* problem) {
@@ -390,28 +251,6 @@ Status check_longest(const AttentionArgs& args, const AttentionProblem& problem)
   return {};
 }
 
-// The pages that hold the used keys exist; the rest of the table is not read.
-Status check_page_indices(const AttentionArgs& args, const AttentionProblem& problem) {
-  const int64_t max_blocks = args.block_table.shape[1];
-  const int64_t num_blocks = args.k.shape[0];
-  for (int64_t b = 0; b < problem.batch; ++b) {
-    const int64_t seqlen_k = sequence(args, problem, b).seqlen_k;
-    const int64_t pages = seqlen_k == 0 ? 0 : (seqlen_k - 1) / problem.page_size + 1;
-    if (pages > max_blocks) {
-      return invalid_argument("block_table: max_blocks is ", max_blocks, ", must be at least ",
-                              pages, ", the pages of ", problem.page_size, " that the ", seqlen_k,
-                              " keys of sequence ", b, " take");
-    }
-    const int32_t* table = args.block_table.as<const int32_t>() + b * args.block_table.strides[0];
-    for (int64_t p = 0; p < pages; ++p) {
-      if (table[p] >= 0 && table[p] < num_blocks) continue;
-      return invalid_argument("block_table: entry [", b, ", ", p, "] is ", table[p],
-                              ", must be in [0, ", num_blocks, "), the number of pages in k");
-    }
-  }
-  return {};
-}
-
 Status check_varlen_values(const AttentionArgs& args, const AttentionProblem& problem) {
   const bool paged = problem.page_size > 0;
   FA_TRY(check_cu_seqlens({"cu_seqlens_q", args.cu_seqlens_q}, args.q.shape[0], "q's total_q"));
@@ -443,6 +282,12 @@ Status check_scalars(const AttentionArgs& args, AttentionProblem* problem) {
   if (!(args.dropout_p >= 0.0 && args.dropout_p < 1.0)) {
     return invalid_argument("dropout_p: is ", args.dropout_p, ", must be in [0, 1)");
   }
+  constexpr int64_t kMaxSplits = 256;
+  if (args.num_splits < 0 || args.num_splits > kMaxSplits) {
+    return invalid_argument("num_splits: is ", args.num_splits, ", must be in [0, ", kMaxSplits,
+                            "], 0 leaving the choice to the implementation");
+  }
+  problem->num_splits = args.num_splits;
   problem->band = semantics::mask_band(args.causal, args.window_left, args.window_right);
   problem->softcap = args.softcap > 0.0;
   problem->dropout = args.dropout_p > 0.0;
@@ -518,14 +363,6 @@ Status check_sink(const AttentionArgs& args, AttentionProblem* problem) {
 
 // ---- Optional outputs. ----
 
-Status check_output(Named output, DataType dtype, Device device) {
-  FA_TRY(check_dtype(output, dtype));
-  FA_TRY(check_device(output, device));
-  FA_TRY(check_storage(output));
-  FA_TRY(check_last_contiguous(output));
-  return check_no_broadcast(output);
-}
-
 Status check_lse(const AttentionArgs& args, AttentionProblem* problem) {
   if (!args.lse.present()) return {};
   const Named lse{"lse", args.lse};
@@ -562,6 +399,8 @@ Status check_all(const AttentionArgs& args, AttentionProblem* problem) {
   if (problem->layout == Layout::kVarlen) {
     FA_TRY(check_varlen_sizes(args, problem));
     if (args.q.device.type == DeviceType::kCpu) FA_TRY(check_varlen_values(args, *problem));
+  } else if (problem->layout == Layout::kCache) {
+    FA_TRY(check_cache(args, problem));
   } else {
     FA_TRY(check_dense_sizes(args, problem));
   }
@@ -614,7 +453,8 @@ Status check_gradients(const AttentionArgs& args, AttentionProblem* problem) {
       return invalid_argument("d_attn_bias: is given, but attn_bias is ",
                               problem->bias == BiasKind::kNone ? "not" : "boolean");
     }
-    FA_TRY(check_written_gradient({"d_attn_bias", args.d_attn_bias}, {"attn_bias", args.attn_bias}));
+    FA_TRY(
+        check_written_gradient({"d_attn_bias", args.d_attn_bias}, {"attn_bias", args.attn_bias}));
     problem->wants_d_attn_bias = true;
   }
   if (args.d_learnable_sink.present()) {
@@ -622,7 +462,7 @@ Status check_gradients(const AttentionArgs& args, AttentionProblem* problem) {
       return invalid_argument("d_learnable_sink: is given, but learnable_sink is not");
     }
     FA_TRY(check_written_gradient({"d_learnable_sink", args.d_learnable_sink},
-                          {"learnable_sink", args.learnable_sink}));
+                                  {"learnable_sink", args.learnable_sink}));
     problem->wants_d_learnable_sink = true;
   }
   return {};
@@ -633,6 +473,7 @@ Status check_gradients(const AttentionArgs& args, AttentionProblem* problem) {
 Result<AttentionProblem> validate_backward(const AttentionArgs& args) {
   AttentionProblem problem;
   problem.direction = Direction::kBackward;
+  problem.deterministic = args.deterministic;
   FA_TRY(check_all(args, &problem));
   FA_TRY(check_gradients(args, &problem));
   return problem;

@@ -61,6 +61,7 @@ struct PartialResults {
 struct ForwardCall : AttentionCall {
   int64_t num_splits;  // of the keys; 1: each task finishes its panels
   PartialResults partials;
+  core::TensorView q;  // args.q, or its rotated copy
 };
 
 // Where the scratch of one worker lies, in floats. Sized for the whole task.
@@ -83,8 +84,9 @@ inline int64_t bias_stride(const core::TensorView& bias, int from_right) {
 using ForwardKernel = void (*)(const ForwardCall& call, const ForwardTask& task, float* scratch);
 
 struct ForwardKernels {
-  ForwardKernel attend;   // one split of the keys, or all
-  ForwardKernel combine;  // the splits; not called where there is one
+  ForwardKernel attend;        // one split of the keys, or all
+  ForwardKernel combine;       // the splits; not called where there is one
+  ForwardKernel update_cache;  // before all else, where there is something to append
 };
 
 // What the tasks of a backward share, in the workspace. Panels are counted over the whole call.

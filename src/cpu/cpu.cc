@@ -21,8 +21,8 @@ core::Result<core::PlanPtr> accept(const AttentionProblem& problem, core::Device
   const InstructionSet& set = available_sets()[kIndex];
   if (!set.supported()) return core::unsupported("this processor lacks the instructions");
   if (problem.direction == core::Direction::kForward) return make_forward_plan(problem, set);
-  if (problem.page_size > 0) {
-    return core::unsupported("the backward does not take paged k and v; use contiguous ones");
+  if (problem.page_size > 0 || problem.layout == core::Layout::kCache) {
+    return core::unsupported("the backward does not take pages or a cache; use contiguous k and v");
   }
   return make_backward_plan(problem, set);
 }

@@ -57,13 +57,18 @@ Cut actual_cut(const AttentionArgs& args, const AttentionProblem& problem, int64
   return Cut(problem, panel, packs_group(problem, panel, seqlen_q), seqlen_k);
 }
 
-// What the tasks of a call share: PartialResults, in floats from the start of the workspace.
+// What the tasks of a call share: PartialResults and rotated queries, in floats from the start of
+// the workspace.
 struct SharedLayout {
-  int64_t o = 0, running_max = 0, running_sum = 0, total = 0;
+  int64_t o = 0, running_max = 0, running_sum = 0, q = 0, total = 0;
 
   SharedLayout(const AttentionProblem& problem, int64_t panel, const Cut& cut) {
-    if (cut.num_splits == 1) return;
     Booking book;
+    if (problem.rotary_dim > 0) {  // 16-bit queries take half of it
+      q = book.take(problem.total_q * problem.num_heads * problem.head_dim);
+    }
+    total = book.total();
+    if (cut.num_splits == 1) return;
     const int64_t lanes = max_panels(problem, panel, cut.packs_group) * cut.num_splits * panel;
     o = book.take(lanes * round_up(problem.head_dim_v, kMaxLanes));
     running_max = book.take(lanes);
@@ -127,7 +132,8 @@ class ForwardPlan final : public core::Plan {
     const ForwardCall call{
         make_call(args, problem_, set_, cut.packs_group),
         cut.num_splits,
-        {shared + layout.o, shared + layout.running_max, shared + layout.running_sum}};
+        {shared + layout.o, shared + layout.running_max, shared + layout.running_sum},
+        problem_.rotary_dim > 0 ? rotated_queries(args.q, shared + layout.q) : args.q};
     fill_rows_past_the_end(args, problem_);
     if (problem_.wants_s_dmask) clear_s_dmask(args.s_dmask);
 
@@ -142,12 +148,41 @@ class ForwardPlan final : public core::Plan {
                                   shared + shared_floats_ + worker * scratch_floats_);
                          });
     };
+    if (problem_.appends) run_all(update_tasks(), set_.forward.update_cache);
     run_all(attend_tasks(call, cut), set_.forward.attend);
     if (cut.num_splits > 1) run_all(combine_tasks(call, cut), set_.forward.combine);
     return {};
   }
 
  private:
+  // A compact tensor of q's shape and dtype.
+  static core::TensorView rotated_queries(const core::TensorView& q, void* data) {
+    core::TensorView view = q;
+    view.data = data;
+    int64_t stride = 1;
+    for (int d = view.ndim - 1; d >= 0; --d) {
+      view.strides[d] = stride;
+      stride *= view.shape[d];
+    }
+    return view;
+  }
+
+  // Runs of tokens, by their number in k_new and in q.
+  std::vector<ForwardTask> update_tasks() const {
+    constexpr int64_t kTokensPerTask = 16;
+    const int64_t tokens = problem_.rotary_dim > 0
+                               ? std::max(problem_.seqlen_new, problem_.seqlen_q)
+                               : problem_.seqlen_new;
+    std::vector<ForwardTask> tasks;
+    for (int32_t b = 0; b < problem_.batch; ++b) {
+      for (int64_t first = 0; first < tokens; first += kTokensPerTask) {
+        const int64_t count = std::min(kTokensPerTask, tokens - first);
+        tasks.push_back({b, 0, first, count, 0, static_cast<double>(count * problem_.num_heads)});
+      }
+    }
+    return tasks;
+  }
+
   std::vector<ForwardTask> attend_tasks(const ForwardCall& call, const Cut& cut) const {
     std::vector<ForwardTask> tasks;
     for_each_block(call, cut, [&](ForwardTask task, const core::Sequence& sequence) {

@@ -78,8 +78,8 @@ class SequenceRun {
       for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
         int64_t offset = rows.offset + key * rows.row_stride;
         if (problem_.page_size > 0) {
-          const core::PagedRow at =
-              core::paged_row(args_.block_table, problem_.page_size, batch_, key);
+          const core::PagedRow at = core::paged_row(args_.block_table, problem_.page_size, batch_,
+                                                    sequence_.k_begin + key);
           offset = at.page * from.strides[0] + at.row * from.strides[1];
         }
         offset += head_kv_ * rows.head_stride;
@@ -108,11 +108,8 @@ class SequenceRun {
   // to = the row of one lane of a panel, widened, and zeros up to a whole vector.
   HWY_INLINE void load_query(const core::TensorView& from, const QueryPanel& panel, int64_t lane,
                              float* HWY_RESTRICT to) const {
-    const int64_t offset = query_offset(from, panel.head(lane), panel.query(lane));
-    dispatch_dtype(from.dtype, [&](auto dtype) HWY_ATTR {
-      widen_row<dtype()>(from.as<const char>() + offset * core::byte_size(dtype()),
-                         from.shape[from.ndim - 1], to);
-    });
+    widen(from, query_offset(from, panel.head(lane), panel.query(lane)), from.shape[from.ndim - 1],
+          to);
   }
 
   // Rounds a panel's rows, times factor, to dq.
@@ -188,6 +185,14 @@ class SequenceRun {
     }
     return lse.as<float>() + batch_ * lse.strides[0] + head * lse.strides[1] +
            query * lse.strides[2];
+  }
+
+  // to[0 .. n) = from[offset ...), and zeros up to a whole vector.
+  HWY_INLINE static void widen(const core::TensorView& from, int64_t offset, int64_t n,
+                               float* HWY_RESTRICT to) {
+    dispatch_dtype(from.dtype, [&](auto dtype) HWY_ATTR {
+      widen_row<dtype()>(from.as<const char>() + offset * core::byte_size(dtype()), n, to);
+    });
   }
 
   // to[offset ...] = from * factor, rounded to to's dtype, one row.

@@ -177,7 +177,8 @@ class Head {
 
  private:
   core::PagedRow paged_row(int64_t j) const {
-    return core::paged_row(call_.args.block_table, call_.problem.page_size, sequence_.batch, j);
+    return core::paged_row(call_.args.block_table, call_.problem.page_size, sequence_.batch,
+                           sequence_.k_begin + j);
   }
 
   const T* key_or_value(const TensorView& view, int64_t j) const {
@@ -519,6 +520,7 @@ core::Result<core::PlanPtr> accept(const AttentionProblem& problem, core::Device
   if (problem.direction != core::Direction::kForward) {
     return core::unsupported("computes the forward only");
   }
+  if (problem.appends) return core::unsupported("does not append to a cache");
   return core::PlanPtr(std::make_shared<ReferencePlan>(problem));
 }
 
