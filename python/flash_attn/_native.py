@@ -1,0 +1,187 @@
+"""The native library, loaded by the first call of one of its functions.
+
+Loading also makes the library share the threads of PyTorch's OpenMP runtime, where the process has
+one, so that one process keeps one set of threads and torch.set_num_threads() holds for both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from . import _environment
+
+_SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
+_FUNCTIONS = (
+    "forward",
+    "forward_oracle",
+    "explain",
+    "implementations",
+    "num_threads",
+    "use_openmp_runtime",
+    "version",
+)
+# Arithmetic happens in these, and other Python threads run meanwhile.
+_WITHOUT_GIL = ("forward", "forward_oracle")
+
+_DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
+_INT64 = range(-(2**63), 2**63)
+
+# The arguments of forward(), in order, and what each must be.
+ARGUMENTS = {
+    "q": "tensor",
+    "k": "tensor",
+    "v": "tensor",
+    "out": "tensor",
+    "softmax_lse": "tensor",
+    "S_dmask": "tensor",
+    "cu_seqlens_q": "tensor",
+    "cu_seqlens_k": "tensor",
+    "seqused_k": "tensor",
+    "block_table": "tensor",
+    "alibi_slopes": "tensor",
+    "attn_bias": "tensor",
+    "learnable_sink": "tensor",
+    "max_seqlen_q": "int",
+    "max_seqlen_k": "int",
+    "softmax_scale": "float",
+    "causal": "bool",
+    "window_size[0]": "int",
+    "window_size[1]": "int",
+    "softcap": "float",
+    "dropout_p": "float",
+    "seed": "int",
+    "offset": "int",
+    "backend": "str",
+}
+
+_load_lock = threading.Lock()
+_module: Any = None  # keeps the functions below alive
+
+
+def _on_first_call(name: str) -> Callable[..., Any]:
+    def load_and_call(*arguments: Any) -> Any:
+        load()
+        return globals()[name](*arguments)
+
+    return load_and_call
+
+
+forward = _on_first_call("forward")
+forward_oracle = _on_first_call("forward_oracle")
+explain = _on_first_call("explain")
+implementations = _on_first_call("implementations")
+num_threads = _on_first_call("num_threads")
+use_openmp_runtime = _on_first_call("use_openmp_runtime")
+version = _on_first_call("version")
+
+
+def load() -> None:
+    """Loads the native library and rebinds this module's functions to it."""
+    global _module
+    with _load_lock:
+        if _module is not None:
+            return
+        import tvm_ffi
+
+        # tvm-ffi knows the other built-in exceptions by itself.
+        tvm_ffi.error.register_error("NotImplementedError", NotImplementedError)
+        suffix = _SUFFIXES.get(sys.platform, ".so")
+        path = Path(__file__).parent / "lib" / f"flash_attn_plus_ffi{suffix}"
+        module = tvm_ffi.load_module(str(path))
+        functions = {name: module.get_function(name) for name in _FUNCTIONS}
+        for name in _WITHOUT_GIL:
+            functions[name].release_gil = True
+        globals().update(functions)
+        _module = module
+        _share_openmp_threads()
+    if _environment.wants_flaggems():
+        warnings.warn(
+            "FLASH_ATTENTION_USE_FLAGGEMS: the Triton family is not in this version of"
+            " FlashAttention-Plus; the implementations for the tensors' device run instead",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _share_openmp_threads() -> None:
+    path = _openmp_runtime_of_torch()
+    if path is None:
+        return
+    # Where it cannot be shared, the library's own threads serve as well.
+    with contextlib.suppress(NotImplementedError, RuntimeError):
+        use_openmp_runtime(path)
+
+
+def _openmp_runtime_of_torch() -> str | None:
+    """The OpenMP runtime that PyTorch has loaded; None where it has none or cannot be told."""
+    torch = sys.modules.get("torch")
+    if torch is None or getattr(torch, "__file__", None) is None:
+        return None
+    home = Path(torch.__file__).parent
+    bundled = (str(home), str(home.with_name("torch.libs")))
+    if not Path("/proc/self/maps").exists():
+        found = [str(path) for path in (home / "lib").glob("lib*omp*") if path.is_file()]
+        return found[0] if found else None
+    maps = Path("/proc/self/maps").read_text(errors="replace")
+    loaded = re.findall(r"^.*? (/\S.*/lib(?:gomp|iomp5|omp)\b[^/\n]*)$", maps, flags=re.MULTILINE)
+    for path in loaded:
+        if path.startswith(bundled):
+            return path
+    # A build of PyTorch against the system's runtime. Wheels of other projects bring theirs, which
+    # PyTorch does not use.
+    for path in loaded:
+        if ".libs/" not in path and "site-packages/" not in path:
+            return path
+    return None
+
+
+def clarify(error: Exception, arguments: tuple[Any, ...]) -> Exception:
+    """The error to raise for `error`, which a function called with `arguments` has raised.
+
+    Errors of the library name the argument already. Those of the conversion of Python values do
+    not, and are replaced by one that does.
+    """
+    if isinstance(error, (NotImplementedError, ValueError, MemoryError)):
+        return error
+    devices = set()
+    for (name, kind), value in zip(ARGUMENTS.items(), arguments):
+        if value is None:
+            optional = kind in ("tensor", "str") and name not in ("q", "k", "v")
+            if optional or name == "softmax_scale":
+                continue
+        if kind == "tensor":
+            if not hasattr(value, "__dlpack__"):
+                return TypeError(f"{name}: must be a tensor, is {_describe(value)}")
+            devices.add(_device(value))
+        elif kind in ("int", "bool"):
+            if not isinstance(value, Integral):
+                return TypeError(f"{name}: must be an integer, is {_describe(value)}")
+            if int(value) not in _INT64:
+                return ValueError(f"{name}: is {value}, outside the range of int64")
+        elif kind == "float" and not isinstance(value, Real):
+            return TypeError(f"{name}: must be a number, is {_describe(value)}")
+        elif kind == "str" and not isinstance(value, str):
+            return TypeError(f"{name}: must be a string, is {_describe(value)}")
+    foreign = sorted(name for name in devices if name not in _DLPACK_DEVICES)
+    if foreign and len(devices) == 1:
+        return NotImplementedError(f"no implementation runs on device {foreign[0]!r}")
+    if foreign:
+        return ValueError(f"q, k, v, ...: must be on one device, are on {sorted(devices)}")
+    return error
+
+
+def _describe(value: Any) -> str:
+    return "None" if value is None else f"{value!r:.60} ({type(value).__name__})"
+
+
+def _device(tensor: Any) -> str:
+    device = getattr(tensor, "device", "cpu")
+    return str(getattr(device, "type", device))

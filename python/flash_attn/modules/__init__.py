@@ -1,0 +1,1 @@
+"""Building blocks of transformers: attention, MLP, block, embeddings."""

@@ -1,0 +1,1 @@
+"""Operators beside attention, composed of PyTorch operators for every device."""

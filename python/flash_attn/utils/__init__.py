@@ -1,0 +1,1 @@
+"""What surrounds a model: process groups, generation, checkpoints, benchmarks, tests."""

@@ -1,0 +1,164 @@
+// The door to Python: the C interface as tvm-ffi functions. Nothing here knows what attention is.
+//
+// A status code becomes a Python exception of the built-in kind: ValueError, NotImplementedError,
+// MemoryError, RuntimeError.
+#include <flash_attn/flash_attn.h>
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/container/tuple.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+#include <tvm/ffi/string.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace {
+
+namespace ffi = tvm::ffi;
+
+// A DLTensor is handed on as the fa_tensor that it is, field for field.
+static_assert(sizeof(fa_tensor) == sizeof(DLTensor) && alignof(fa_tensor) == alignof(DLTensor));
+static_assert(offsetof(fa_tensor, data) == offsetof(DLTensor, data));
+static_assert(offsetof(fa_tensor, device_type) == offsetof(DLTensor, device.device_type));
+static_assert(offsetof(fa_tensor, device_id) == offsetof(DLTensor, device.device_id));
+static_assert(offsetof(fa_tensor, ndim) == offsetof(DLTensor, ndim));
+static_assert(offsetof(fa_tensor, dtype_code) == offsetof(DLTensor, dtype.code));
+static_assert(offsetof(fa_tensor, dtype_bits) == offsetof(DLTensor, dtype.bits));
+static_assert(offsetof(fa_tensor, dtype_lanes) == offsetof(DLTensor, dtype.lanes));
+static_assert(offsetof(fa_tensor, shape) == offsetof(DLTensor, shape));
+static_assert(offsetof(fa_tensor, strides) == offsetof(DLTensor, strides));
+static_assert(offsetof(fa_tensor, byte_offset) == offsetof(DLTensor, byte_offset));
+static_assert(int{FA_CPU} == int{kDLCPU} && int{FA_CUDA} == int{kDLCUDA});
+static_assert(int{FA_INT} == int{kDLInt} && int{FA_UINT} == int{kDLUInt});
+static_assert(int{FA_FLOAT} == int{kDLFloat} && int{FA_BFLOAT} == int{kDLBfloat});
+static_assert(int{FA_BOOL} == int{kDLBool});
+
+using OptionalTensor = ffi::Optional<DLTensor*>;
+
+const fa_tensor* as_fa_tensor(OptionalTensor tensor) {
+  return reinterpret_cast<const fa_tensor*>(tensor.value_or(nullptr));
+}
+
+const char* python_exception(fa_status status) {
+  switch (status) {
+    case FA_INVALID_ARGUMENT:
+      return "ValueError";
+    case FA_UNSUPPORTED:
+      return "NotImplementedError";
+    case FA_OUT_OF_MEMORY:
+      return "MemoryError";
+    default:
+      return "RuntimeError";
+  }
+}
+
+// No backtrace: a wrong argument is the caller's matter, not one of the frames below.
+void check(fa_status status) {
+  if (status != FA_OK) throw ffi::Error(python_exception(status), fa_last_error_message(), "");
+}
+
+// The stream that tvm-ffi took from the framework of the arguments; null on the CPU.
+void* current_stream(const fa_tensor* tensor) {
+  if (tensor == nullptr || tensor->device_type == FA_CPU) return nullptr;
+  return TVMFFIEnvGetStream(tensor->device_type, tensor->device_id);
+}
+
+// A function of one attention call: `call` takes its arguments after those in Extra.
+template <auto kBody, class... Extra>
+struct AttentionCall {
+  static auto call(Extra... extra, DLTensor* q, DLTensor* k, DLTensor* v, OptionalTensor out,
+                   OptionalTensor lse, OptionalTensor s_dmask, OptionalTensor cu_seqlens_q,
+                   OptionalTensor cu_seqlens_k, OptionalTensor seqused_k,
+                   OptionalTensor block_table, OptionalTensor alibi_slopes,
+                   OptionalTensor attn_bias, OptionalTensor learnable_sink, int64_t max_seqlen_q,
+                   int64_t max_seqlen_k, ffi::Optional<double> softmax_scale, bool causal,
+                   int64_t window_left, int64_t window_right, double softcap, double dropout_p,
+                   int64_t seed, int64_t offset, ffi::Optional<ffi::String> backend) {
+    fa_attention_args args;
+    fa_attention_args_init(&args);
+    args.q = as_fa_tensor(q);
+    args.k = as_fa_tensor(k);
+    args.v = as_fa_tensor(v);
+    args.out = as_fa_tensor(out);
+    args.lse = as_fa_tensor(lse);
+    args.s_dmask = as_fa_tensor(s_dmask);
+    args.cu_seqlens_q = as_fa_tensor(cu_seqlens_q);
+    args.cu_seqlens_k = as_fa_tensor(cu_seqlens_k);
+    args.seqused_k = as_fa_tensor(seqused_k);
+    args.block_table = as_fa_tensor(block_table);
+    args.max_seqlen_q = max_seqlen_q;
+    args.max_seqlen_k = max_seqlen_k;
+    args.alibi_slopes = as_fa_tensor(alibi_slopes);
+    args.attn_bias = as_fa_tensor(attn_bias);
+    args.learnable_sink = as_fa_tensor(learnable_sink);
+    const double scale = softmax_scale.value_or(0.0);
+    args.softmax_scale = softmax_scale.has_value() ? &scale : nullptr;
+    args.causal = causal ? 1 : 0;
+    args.window_size_left = window_left;
+    args.window_size_right = window_right;
+    args.softcap = softcap;
+    args.dropout_p = dropout_p;
+    args.dropout_seed = static_cast<uint64_t>(seed);
+    args.dropout_offset = static_cast<uint64_t>(offset);
+    args.backend = backend.has_value() ? backend.value().c_str() : nullptr;
+    args.stream = current_stream(args.q);
+    return kBody(args, as_fa_tensor(extra)...);
+  }
+};
+
+void run_forward(const fa_attention_args& args) { check(fa_forward(&args)); }
+
+void run_oracle(const fa_attention_args& args, const fa_tensor* out, const fa_tensor* lse,
+                const fa_tensor* bound) {
+  check(fa_forward_oracle(&args, out, lse, bound));
+}
+
+ffi::String run_explain(const fa_attention_args& args) {
+  size_t needed = 0;
+  check(fa_explain(&args, nullptr, 0, &needed));
+  std::string text(needed, '\0');
+  check(fa_explain(&args, text.data(), text.size(), &needed));
+  return ffi::String(text.c_str());
+}
+
+using Availability = ffi::Tuple<ffi::String, bool, ffi::String>;
+
+// (name, whether this machine runs it, why not) of each, best first.
+ffi::Array<Availability> list_implementations(int64_t device_type) {
+  ffi::Array<Availability> list;
+  const int32_t device = static_cast<int32_t>(device_type);
+  for (int32_t index = 0; fa_implementation_name(device, index) != nullptr; ++index) {
+    const char* reason = nullptr;
+    const bool available = fa_implementation_available(device, index, &reason) != 0;
+    list.push_back(Availability(fa_implementation_name(device, index), available,
+                                available || reason == nullptr ? "" : reason));
+  }
+  return list;
+}
+
+// (threads that a CPU call uses at most, where they come from).
+ffi::Tuple<int64_t, ffi::String> count_threads() {
+  const char* source = nullptr;
+  const int64_t threads = fa_num_threads(&source);
+  return ffi::Tuple<int64_t, ffi::String>(threads, source == nullptr ? "" : source);
+}
+
+void adopt_openmp_runtime(const ffi::String& path) { check(fa_use_openmp_runtime(path.c_str())); }
+
+ffi::String library_version() { return fa_version(); }
+
+using OracleCall = AttentionCall<run_oracle, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, AttentionCall<run_forward>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_oracle, OracleCall::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, AttentionCall<run_explain>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(implementations, list_implementations)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_threads, count_threads)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_openmp_runtime, adopt_openmp_runtime)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, library_version)

@@ -1,0 +1,452 @@
+"""Every name that clients import is there, has the original's signature, and needs nothing more than
+PyTorch to be imported."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NORM = (
+    "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0,"
+    " rowscale=None, prenorm=False, residual_in_fp32=False, zero_centered_weight=False,"
+)
+NORM_OUT = " return_dropout_mask=False, out_dtype=None, out=None, residual_out=None"
+NORM_REF = (
+    "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0,"
+    " rowscale=None, prenorm=False, zero_centered_weight=False, dropout_mask=None,"
+    " dropout_mask1=None, upcast=False"
+)
+ADD_NORM = (
+    "x0, residual, weight, bias, dropout_p, epsilon, rowscale=None, layerscale=None, prenorm=False,"
+    " residual_in_fp32=False, return_dropout_mask=False"
+)
+PARALLEL_NORM = (
+    "x0, x1, residual, weight0, bias0, weight1, bias1, dropout_p, epsilon, prenorm=False,"
+    " residual_in_fp32=False, return_dropout_mask=False"
+)
+NORM_MODULE = (
+    "hidden_size, prenorm=False, p=0.0, eps=1e-5, residual_in_fp32=False, device=None, dtype=None"
+)
+COLUMN = (
+    "in_features, out_features, process_group, bias=True, sequence_parallel=True, multiple_of=1,"
+    " device=None, dtype=None"
+)
+BENCHMARK = "repeats=10, desc='', verbose=True, amp=False, amp_dtype=torch.float16, **kwinputs"
+
+# FlashAttention 2.8's parameters and defaults; a class stands for its constructor.
+SIGNATURES = {
+    "bert_padding": {
+        "index_first_axis": "input, indices",
+        "index_put_first_axis": "values, indices, first_axis_dim",
+        "index_first_axis_residual": "input, indices",
+        "unpad_input": "hidden_states, attention_mask, unused_mask=None",
+        "unpad_input_for_concatenated_sequences": "hidden_states, attention_mask_in_length",
+        "pad_input": "hidden_states, indices, batch, seqlen",
+        "rearrange": "tensor, pattern, **axes_lengths",
+    },
+    "layers.rotary": {
+        "rotate_half": "x, interleaved=False",
+        "apply_rotary_emb_torch": "x, cos, sin, interleaved=False",
+        "apply_rotary_emb": (
+            "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None,"
+            " max_seqlen=None"
+        ),
+        "apply_rotary_emb_func": (
+            "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None,"
+            " max_seqlen=None"
+        ),
+        "apply_rotary_emb_qkv_": (
+            "qkv, cos, sin, cos_k=None, sin_k=None, interleaved=False, seqlen_offsets=0,"
+            " num_heads_q=None"
+        ),
+        "apply_rotary_emb_kv_": "kv, cos, sin, interleaved=False, seqlen_offsets=0",
+        "RotaryEmbedding": "dim, base=10000.0, interleaved=False, scale_base=None, device=None",
+        "RotaryEmbedding.forward": (
+            "qkv, kv=None, seqlen_offset=0, max_seqlen=None, num_heads_q=None"
+        ),
+        "RotaryEmbedding._update_cos_sin_cache": "seqlen, device=None, dtype=None",
+    },
+    "layers.patch_embed": {
+        "PatchEmbed": (
+            "img_size=224, patch_size=16, in_chans=3, embed_dim=768, norm_layer=None, flatten=True,"
+            " bias=True, fused_bias_fc=False"
+        ),
+    },
+    "ops.triton.rotary": {
+        "apply_rotary": (
+            "x, cos, sin, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None, interleaved=False,"
+            " inplace=False, conjugate=False"
+        ),
+    },
+    "ops.triton.cross_entropy": {
+        "cross_entropy_loss": (
+            "logits, labels, precomputed_lse=None, label_smoothing=0.0, logit_scale=1.0,"
+            " lse_square_scale=0.0, ignore_index=-100, inplace_backward=False, process_group=None"
+        ),
+    },
+    "ops.triton.layer_norm": {
+        "layer_norm_fn": f"{NORM} is_rms_norm=False,{NORM_OUT}",
+        "rms_norm_fn": f"{NORM}{NORM_OUT}",
+        "layer_norm_ref": NORM_REF,
+        "rms_norm_ref": NORM_REF,
+        "layer_norm_linear_fn": (
+            "x, norm_weight, norm_bias, linear_weight, linear_bias, residual=None, eps=1e-6,"
+            " prenorm=False, residual_in_fp32=False, is_rms_norm=False"
+        ),
+        "RMSNorm": (
+            "hidden_size, eps=1e-5, dropout_p=0.0, zero_centered_weight=False, device=None,"
+            " dtype=None"
+        ),
+        "RMSNorm.forward": "x, residual=None, prenorm=False, residual_in_fp32=False",
+    },
+    "ops.layer_norm": {
+        "layer_norm": "x, weight, bias, epsilon",
+        "dropout_add_layer_norm": ADD_NORM,
+        "dropout_add_layer_norm_parallel_residual": PARALLEL_NORM,
+        "DropoutAddLayerNorm": NORM_MODULE,
+    },
+    "ops.rms_norm": {
+        "rms_norm": "x, weight, epsilon",
+        "dropout_add_rms_norm": ADD_NORM,
+        "dropout_add_rms_norm_parallel_residual": PARALLEL_NORM,
+        "RMSNorm": "hidden_size, eps=1e-5, device=None, dtype=None",
+        "DropoutAddRMSNorm": NORM_MODULE,
+    },
+    "ops.activations": {
+        "bias_gelu": "y, bias",
+        "bias_gelu_back": "g, y, bias",
+        "bias_gelu_impl": "input, bias",
+        "gelu_fwd": "x",
+        "gelu_bwd": "g, x",
+        "fast_gelu_impl": "input",
+        "relu_bwd": "g, x",
+        "sqrelu_fwd": "x",
+        "sqrelu_bwd": "g, x",
+        "swiglu": "x, y",
+        "swiglu_fwd": "x, y",
+        "swiglu_bwd": "x, y, g",
+    },
+    "ops.fused_dense": {
+        "fused_dense_func": (
+            "x, weight, bias=None, return_residual=False, process_group=None,"
+            " sequence_parallel=True"
+        ),
+        "FusedDense": (
+            "in_features, out_features, bias=True, return_residual=False, device=None, dtype=None"
+        ),
+        "ColumnParallelLinear": COLUMN,
+        "RowParallelLinear": COLUMN,
+        "fused_mlp_func": (
+            "x, weight1, weight2, bias1=None, bias2=None, activation='gelu_approx',"
+            " save_pre_act=True, return_residual=False, checkpoint_lvl=0, heuristic=0,"
+            " process_group=None, sequence_parallel=True"
+        ),
+        "FusedMLP": (
+            "in_features, hidden_features=None, out_features=None, bias1=True, bias2=True,"
+            " activation='gelu_approx', return_residual=False, checkpoint_lvl=0, heuristic='auto',"
+            " device=None, dtype=None"
+        ),
+        "ParallelFusedMLP": (
+            "in_features, hidden_features=None, out_features=None, activation='gelu_approx',"
+            " process_group=None, bias1=True, bias2=True, sequence_parallel=True,"
+            " checkpoint_lvl=0, heuristic='auto', device=None, dtype=None"
+        ),
+    },
+    "losses.cross_entropy": {
+        "CrossEntropyLoss": (
+            "ignore_index=-100, reduction='mean', label_smoothing=0.0, logit_scale=1.0,"
+            " lse_square_scale=0.0, inplace_backward=False, process_group=None,"
+            " return_z_loss=False"
+        ),
+        "CrossEntropyLoss.forward": "input, target, precomputed_lse=None",
+    },
+    "modules.mha": {
+        "get_alibi_slopes": "nheads",
+        "FlashSelfAttention": (
+            "causal=False, softmax_scale=None, attention_dropout=0.0, window_size=(-1, -1),"
+            " alibi_slopes=None, deterministic=False"
+        ),
+        "FlashSelfAttention.forward": "qkv, causal=None, cu_seqlens=None, max_seqlen=None",
+        "FlashCrossAttention": (
+            "causal=False, softmax_scale=None, attention_dropout=0.0, alibi_slopes=None,"
+            " window_size=(-1, -1), deterministic=False"
+        ),
+        "FlashCrossAttention.forward": (
+            "q, kv, causal=None, cu_seqlens=None, max_seqlen=None, cu_seqlens_k=None,"
+            " max_seqlen_k=None"
+        ),
+        "SelfAttention": "causal=False, softmax_scale=None, attention_dropout=0.0",
+        "SelfAttention.forward": "qkv, causal=None, key_padding_mask=None",
+        "CrossAttention": "causal=False, softmax_scale=None, attention_dropout=0.0",
+        "CrossAttention.forward": "q, kv, causal=None, key_padding_mask=None",
+        "LinearResidual.forward": "input",
+        "MHA": (
+            "embed_dim, num_heads, num_heads_kv=None, cross_attn=False, qkv_proj_bias=True,"
+            " out_proj_bias=True, dropout=0.0, softmax_scale=None, causal=False, layer_idx=None,"
+            " dwconv=False, rotary_emb_dim=0, rotary_emb_base=10000.0, rotary_emb_scale_base=None,"
+            " rotary_emb_interleaved=False, use_alibi=False, window_size=(-1, -1),"
+            " fused_bias_fc=False, use_flash_attn=False, return_residual=False,"
+            " checkpointing=False, device=None, dtype=None"
+        ),
+        "MHA.forward": (
+            "x, x_kv=None, key_padding_mask=None, cu_seqlens=None, max_seqlen=None,"
+            " mixer_subset=None, inference_params=None, **kwargs"
+        ),
+        "MHA.allocate_inference_cache": "batch_size, max_seqlen, dtype=None",
+        "ParallelMHA": (
+            "embed_dim, num_heads, process_group, num_heads_kv=None, qkv_proj_bias=True,"
+            " out_proj_bias=True, dropout=0.0, softmax_scale=None, causal=False, layer_idx=None,"
+            " rotary_emb_dim=0, rotary_emb_base=10000.0, rotary_emb_scale_base=None,"
+            " rotary_emb_interleaved=False, use_alibi=False, window_size=(-1, -1),"
+            " use_flash_attn=False, checkpointing=False, sequence_parallel=True, device=None,"
+            " dtype=None"
+        ),
+        "ParallelMHA.forward": "x, seqlen=None, inference_params=None, **kwargs",
+    },
+    "modules.mlp": {
+        "Mlp": (
+            "in_features, hidden_features=None, out_features=None, activation=F.gelu, bias1=True,"
+            " bias2=True, return_residual=False, device=None, dtype=None"
+        ),
+        "ParallelMLP": (
+            "in_features, hidden_features=None, out_features=None, activation=F.gelu,"
+            " process_group=None, sequence_parallel=True, bias1=True, bias2=True, device=None,"
+            " dtype=None"
+        ),
+        "GatedMlp": (
+            "in_features, hidden_features=None, out_features=None, activation=F.sigmoid,"
+            " bias1=True, bias2=True, multiple_of=128, return_residual=False, device=None,"
+            " dtype=None"
+        ),
+        "ParallelGatedMlp": (
+            "in_features, process_group, hidden_features=None, out_features=None,"
+            " activation=F.sigmoid, bias1=True, bias2=True, multiple_of=128,"
+            " sequence_parallel=True, device=None, dtype=None"
+        ),
+        "FusedMLP.forward": "x, process_group=None",
+        "ParallelFusedMLP.forward": "x",
+    },
+    "modules.block": {
+        "Block": (
+            "dim, mixer_cls=None, mlp_cls=None, norm_cls=nn.LayerNorm, dropout_cls=nn.Dropout,"
+            " prenorm=True, resid_dropout1=0.0, resid_dropout2=0.0, drop_path1=0.0,"
+            " drop_path2=0.0, fused_dropout_add_ln=False, return_residual=False,"
+            " residual_in_fp32=False, sequence_parallel=False, mark_shared_params=False"
+        ),
+        "Block.forward": "hidden_states, residual=None, mixer_subset=None, mixer_kwargs=None",
+        "ParallelBlock": (
+            "dim, mixer_cls=None, mlp_cls=None, norm_cls=nn.LayerNorm, dropout_cls=nn.Dropout,"
+            " resid_dropout1=0.0, resid_dropout2=0.0, tied_norm=False,"
+            " fused_dropout_add_ln=False, residual_in_fp32=False, sequence_parallel=False,"
+            " mark_shared_params=False"
+        ),
+        "ParallelBlock.forward": (
+            "hidden_states1, hidden_states2=None, residual=None, mixer_kwargs=None"
+        ),
+    },
+    "modules.embedding": {
+        "GPT2Embeddings": (
+            "embed_dim, vocab_size, max_position_embeddings, padding_idx=None,"
+            " word_embed_proj_dim=None, device=None, dtype=None"
+        ),
+        "GPT2Embeddings.forward": "input_ids, position_ids=None",
+        "BertEmbeddings": (
+            "embed_dim, vocab_size, max_position_embeddings, type_vocab_size, padding_idx=None,"
+            " device=None, dtype=None"
+        ),
+        "BertEmbeddings.forward": "input_ids, position_ids=None, token_type_ids=None",
+        "VocabParallelEmbedding": (
+            "num_embeddings, *args, process_group=None, padding_idx=None, **kwargs"
+        ),
+        "ColumnParallelEmbedding": (
+            "num_embeddings, embedding_dim, *args, process_group=None, **kwargs"
+        ),
+        "ParallelGPT2Embeddings": (
+            "embed_dim, vocab_size, max_position_embeddings, process_group, padding_idx=None,"
+            " sequence_parallel=True, device=None, dtype=None"
+        ),
+        "ParallelGPT2Embeddings.forward": (
+            "input_ids, position_ids=None, combine_batch_seqlen_dim=False"
+        ),
+    },
+    "utils.distributed": {
+        "all_gather_raw": "input_, process_group, async_op=False",
+        "reduce_scatter_raw": "input_, process_group, async_op=False",
+        "all_reduce_raw": "input_, process_group, async_op=False",
+        "all_gather": "input_, process_group",
+        "reduce_scatter": "input_, process_group",
+        "all_reduce": "input_, process_group",
+        "sync_shared_params": "model, process_group",
+        "allreduce_sequence_parallel_grad": "model, process_group",
+        "get_dim_for_local_rank": "dim, world_size, local_rank, multiple_of=1",
+    },
+    "utils.generation": {
+        "modify_logits_for_top_k_filtering": "logits, top_k",
+        "modify_logits_for_top_p_filtering": "logits, top_p",
+        "sample": "logits, top_k=1, top_p=0.0, temperature=1.0",
+        "decode": (
+            "input_ids, model, max_length, top_k=1, top_p=0.0, temperature=1.0,"
+            " eos_token_id=None, teacher_outputs=None, vocab_size=None, tensor_parallel=1,"
+            " cg=False, enable_timing=False"
+        ),
+        "GenerationMixin.generate": (
+            "input_ids, max_length, top_k=1, top_p=0.0, temperature=1.0,"
+            " return_dict_in_generate=False, output_scores=False, **kwargs"
+        ),
+        "GenerationMixin.allocate_inference_cache": (
+            "batch_size, max_seqlen, dtype=None, **kwargs"
+        ),
+        "allocate_inference_cache": (
+            "max_batch_size, max_seqlen, nheads, headdim, layers, device, dtype=torch.float16"
+        ),
+        "InferenceParams.reset": "max_seqlen, max_batch_size",
+    },
+    "utils.pretrained": {
+        "state_dict_from_pretrained": "model_name, device=None, dtype=None",
+    },
+    "utils.benchmark": {
+        "benchmark_forward": f"fn, *inputs, {BENCHMARK}",
+        "benchmark_backward": f"fn, *inputs, grad=None, {BENCHMARK}",
+        "benchmark_combined": f"fn, *inputs, grad=None, {BENCHMARK}",
+        "benchmark_fwd_bwd": f"fn, *inputs, grad=None, {BENCHMARK}",
+        "benchmark_all": f"fn, *inputs, grad=None, {BENCHMARK}",
+        "pytorch_profiler": (
+            "fn, *inputs, trace_filename=None, backward=False, amp=False,"
+            " amp_dtype=torch.float16, cpu=False, verbose=True, **kwinputs"
+        ),
+        "benchmark_memory": "fn, *inputs, desc='', verbose=True, **kwinputs",
+    },
+    "utils.testing": {
+        "generate_random_padding_mask": (
+            "max_seqlen, batch_size, device, mode='random', zero_lengths=False"
+        ),
+        "generate_qkv": (
+            "q, k, v, query_padding_mask=None, key_padding_mask=None, qv=None, kvpacked=False,"
+            " qkvpacked=False, query_unused_mask=None, key_unused_mask=None"
+        ),
+        "construct_local_mask": (
+            "seqlen_q, seqlen_k, window_size=(-1, -1), sink_token_length=0,"
+            " query_padding_mask=None, key_padding_mask=None, key_leftpad=None, device=None"
+        ),
+        "attention_ref": (
+            "q, k, v, query_padding_mask=None, key_padding_mask=None, key_leftpad=None,"
+            " attn_bias=None, dropout_p=0.0, dropout_mask=None, causal=False, qv=None,"
+            " q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),"
+            " attention_chunk=0, sink_token_length=0, learnable_sink=None, softcap=0.0,"
+            " upcast=True, reorder_ops=False, intermediate_dtype=None"
+        ),
+    },
+}
+ROWS = [(module, name) for module, names in SIGNATURES.items() for name in names]
+
+# Names without a signature of their own that clients import.
+OTHERS = {
+    "modules.mha": ["flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"],
+    "modules.mlp": ["FusedMLP", "ParallelFusedMLP"],
+    "utils.torch": ["custom_fwd", "custom_bwd"],
+}
+
+
+def resolve(module: str, name: str):
+    found = importlib.import_module(f"flash_attn.{module}")
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def parameters(function) -> list[inspect.Parameter]:
+    """Without self; a class stands for its constructor."""
+    function = function.__init__ if inspect.isclass(function) else function
+    found = list(inspect.signature(function).parameters.values())
+    return found[1:] if found and found[0].name == "self" else found
+
+
+@pytest.mark.parametrize(("module", "name"), ROWS, ids=[".".join(row) for row in ROWS])
+def test_signatures_are_the_originals(module, name):
+    known = {"F": F, "nn": nn, "torch": torch}
+    expected = parameters(eval(f"lambda {SIGNATURES[module][name]}: None", known))
+    actual = parameters(resolve(module, name))
+    # What this library adds comes by keyword only, and does nothing by default.
+    names = {p.name for p in expected}
+    added = [p for p in actual if p.name not in names]
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in added)
+    actual = [p for p in actual if p.name in names]
+    assert [(p.name, p.kind) for p in actual] == [(p.name, p.kind) for p in expected]
+    for one, other in zip(actual, expected):
+        assert one.default is other.default or one.default == other.default, one.name
+
+
+@pytest.mark.parametrize(("module", "name"), ROWS, ids=[".".join(row) for row in ROWS])
+def test_public_names_are_documented(module, name):
+    if not name.rpartition(".")[2].startswith("_") and name.count(".") == 0:
+        assert inspect.getdoc(resolve(module, name))
+        assert name in importlib.import_module(f"flash_attn.{module}").__all__
+
+
+@pytest.mark.parametrize("module", OTHERS)
+def test_other_names(module):
+    for name in OTHERS[module]:
+        assert callable(resolve(module, name))
+
+
+def test_modules_hold_the_public_functions():
+    from flash_attn import flash_attn_varlen_kvpacked_func as public
+    from flash_attn.modules.mha import flash_attn_varlen_kvpacked_func
+
+    assert flash_attn_varlen_kvpacked_func is public
+
+
+def test_importing_needs_pytorch_alone():
+    """No Triton, einops, torchvision or transformers, and not the native library."""
+    modules = sorted({*SIGNATURES, *OTHERS})
+    code = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("triton", "einops", "torchvision", "transformers", "tvm_ffi"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import importlib
+for module in {modules!r}:
+    importlib.import_module(f"flash_attn.{{module}}")
+from flash_attn import _native
+print(_native._module)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "None"
+
+
+def test_verl_and_openrlhf_import_these():
+    from flash_attn.bert_padding import index_first_axis, pad_input, rearrange, unpad_input
+    from flash_attn.losses.cross_entropy import CrossEntropyLoss
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+    from flash_attn.utils.distributed import all_gather
+
+    names = SimpleNamespace(**locals())
+    assert all(callable(value) for value in vars(names).values())
+
+
+def test_safari_and_stripedhyena_import_these():
+    from flash_attn.modules.block import Block
+    from flash_attn.modules.embedding import GPT2Embeddings, ParallelGPT2Embeddings
+    from flash_attn.modules.mha import MHA, ParallelMHA
+    from flash_attn.modules.mlp import FusedMLP, Mlp, ParallelFusedMLP
+    from flash_attn.ops.fused_dense import ColumnParallelLinear
+    from flash_attn.ops.layer_norm import dropout_add_layer_norm
+    from flash_attn.ops.rms_norm import rms_norm
+    from flash_attn.utils.distributed import all_gather_raw, sync_shared_params
+    from flash_attn.utils.generation import GenerationMixin
+
+    names = SimpleNamespace(**locals())
+    assert all(callable(value) for value in vars(names).values())

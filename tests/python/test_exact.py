@@ -1,0 +1,154 @@
+"""What must hold bit for bit."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+import pytest
+import torch
+from support import DTYPES, available, offsets, same_bits, tensors, varlen_tensors
+
+from flash_attn import _native, dlpack, flash_attn_func, flash_attn_varlen_func
+
+THREADS = [1, 2, 3, 7]
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_keys_do_not_leak(name, dtype, monkeypatch):
+    monkeypatch.setenv("FLASH_ATTENTION_BACKEND", name)
+    q, k, v = tensors(seqlen_q=90, seqlen_k=150, dtype=dtype)
+    # With a window of 20 to the left of the last 90 positions, the first 40 keys are seen by none.
+    options = {"window_size": (20, 0)}
+    expected, expected_lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    largest = torch.finfo(dtype).max
+    k[:, :40] = largest
+    v[:, :40] = -largest
+    out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    assert same_bits(out, expected) and same_bits(lse, expected_lse)
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_later_keys_do_not_leak_into_earlier_rows(name, dtype, monkeypatch):
+    monkeypatch.setenv("FLASH_ATTENTION_BACKEND", name)
+    q, k, v = tensors(seqlen_q=130, seqlen_k=130, dtype=dtype)
+    expected = flash_attn_func(q, k, v, causal=True)
+    for first in (1, 63, 64, 65, 129):
+        poisoned_k, poisoned_v = k.clone(), v.clone()
+        poisoned_k[:, first:] = torch.finfo(dtype).max
+        poisoned_v[:, first:] = torch.finfo(dtype).max
+        out = flash_attn_func(q, poisoned_k, poisoned_v, causal=True)
+        assert same_bits(out[:, :first], expected[:, :first])
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_past_a_sequence_is_never_read(name, dtype, monkeypatch):
+    monkeypatch.setenv("FLASH_ATTENTION_BACKEND", name)
+    lengths_q, lengths_k, used = [40, 33], [100, 70], [61, 0]
+    q, k, v = varlen_tensors(lengths_q, lengths_k, dtype=dtype)
+    cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
+    seqused_k = torch.tensor(used, dtype=torch.int32)
+
+    def run() -> torch.Tensor:
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, 40, 100, seqused_k=seqused_k)
+
+    expected = run()
+    for b in range(2):
+        k[cu_k[b] + used[b] : cu_k[b + 1]] = math.nan
+        v[cu_k[b] + used[b] : cu_k[b + 1]] = math.nan
+    out = run()
+    assert out.isfinite().all()
+    assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_behind_the_last_sequence_are_left_alone(dtype):
+    q, k, v = varlen_tensors([30, 40], [30, 40], dtype=dtype)
+    lengths = offsets([30, 10])  # 30 tokens belong to no sequence
+    expected = flash_attn_varlen_func(q, k, v, lengths, lengths, 30, 30)
+    for x in (q, k, v):
+        x[40:] = math.nan
+    out = torch.full_like(q, 7.0)
+    dlpack.attention(q, k, v, out=out, cu_seqlens_q=lengths, cu_seqlens_k=lengths)
+    assert same_bits(out[:40], expected[:40])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_the_number_of_threads_does_not_change_results(dtype, dropout_p):
+    problems = [tensors(2, 130, 260, dtype=dtype), tensors(3, 1, 700, dtype=dtype)]
+    results = []
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        count, source = _native.num_threads()
+        assert "OpenMP" not in source or count == threads
+        torch.manual_seed(1)
+        results.append(
+            [
+                flash_attn_func(*problem, dropout_p, causal=True, return_attn_probs=True)
+                for problem in problems
+            ]
+        )
+    for other in results[1:]:
+        for (out, lse, _), (expected, expected_lse, _) in zip(other, results[0]):
+            assert same_bits(out, expected) and same_bits(lse, expected_lse)
+
+
+def test_pytorch_and_the_library_share_one_set_of_threads():
+    flash_attn_func(*tensors())
+    _, source = _native.num_threads()
+    assert source == "OpenMP runtime of the process"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_batch_entry_does_not_depend_on_the_others(dtype):
+    q, k, v = tensors(5, 70, 140, dtype=dtype)
+    together = flash_attn_func(q, k, v, causal=True)
+    for b in range(5):
+        alone = flash_attn_func(q[b : b + 1], k[b : b + 1], v[b : b + 1], causal=True)
+        assert same_bits(alone[0], together[b])
+
+
+def test_calls_from_many_threads_do_not_disturb_one_another():
+    problems = [tensors(1, 40 + i, 90 + i, seed=i) for i in range(8)]
+    expected = [flash_attn_func(*problem, causal=True) for problem in problems]
+    wrong = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            with torch.no_grad():
+                if not same_bits(flash_attn_func(*problems[i], causal=True), expected[i]):
+                    wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_other_python_threads_run_during_a_call():
+    q, k, v = tensors(1, 600, 600, num_heads=4, num_heads_kv=4)
+    stop = threading.Event()
+    ticks = []
+
+    def tick() -> None:
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    start = time.perf_counter()
+    dlpack.attention(q, k, v, backend="reference")
+    end = time.perf_counter()
+    stop.set()
+    ticker.join()
+    inside = [t for t in ticks if start + 0.01 < t < end - 0.01]
+    assert end - start > 0.05, "too short a call to tell"
+    assert len(inside) >= 3

