@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         flash_attn_varlen_func,
         flash_attn_varlen_kvpacked_func,
         flash_attn_varlen_qkvpacked_func,
+        flash_attn_with_kvcache,
     )
 
 # Other distributions put packages of their own beside these modules.
@@ -44,13 +45,13 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "implementations",
     "plus_version",
 ]
 
 _FRAMEWORK_FREE = ("attention", "explain", "implementations")
 _ON_TORCH = tuple(name for name in __all__ if name.startswith("flash_attn_"))
-_NOT_IN_THIS_VERSION = ("flash_attn_with_kvcache",)
 
 
 def __getattr__(name: str) -> Any:
@@ -58,13 +59,6 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(".dlpack", __name__), name)
     elif name == "flash_attn_interface" or name in _ON_TORCH:
         value = _import_interface(name)
-    elif name in _NOT_IN_THIS_VERSION:
-        # An ImportError keeps its message through `from flash_attn import name`; an AttributeError
-        # does not.
-        raise ImportError(
-            f"flash_attn.{name} is not in FlashAttention-Plus {plus_version}, which has the forward"
-            " pass without a KV cache"
-        )
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -21,7 +21,10 @@ from . import _environment
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _FUNCTIONS = (
     "forward",
+    "forward_with_kvcache",
+    "backward",
     "forward_oracle",
+    "backward_oracle",
     "explain",
     "implementations",
     "num_threads",
@@ -29,7 +32,13 @@ _FUNCTIONS = (
     "version",
 )
 # Arithmetic happens in these, and other Python threads run meanwhile.
-_WITHOUT_GIL = ("forward", "forward_oracle")
+_WITHOUT_GIL = (
+    "forward",
+    "forward_with_kvcache",
+    "backward",
+    "forward_oracle",
+    "backward_oracle",
+)
 
 _DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
 _INT64 = range(-(2**63), 2**63)
@@ -62,6 +71,28 @@ ARGUMENTS = {
     "backend": "str",
 }
 
+# Those that come before them in forward_with_kvcache() and in backward().
+KVCACHE_ARGUMENTS = {
+    "cache_seqlens": "tensor",
+    "cache_batch_idx": "tensor",
+    "cache_leftpad": "tensor",
+    "k": "tensor",
+    "v": "tensor",
+    "rotary_cos": "tensor",
+    "rotary_sin": "tensor",
+    "rotary_interleaved": "bool",
+    "num_splits": "int",
+}
+GRADIENT_ARGUMENTS = {
+    "dout": "tensor",
+    "dq": "tensor",
+    "dk": "tensor",
+    "dv": "tensor",
+    "d_attn_bias": "tensor",
+    "d_learnable_sink": "tensor",
+    "deterministic": "bool",
+}
+
 _load_lock = threading.Lock()
 _module: Any = None  # keeps the functions below alive
 
@@ -75,7 +106,10 @@ def _on_first_call(name: str) -> Callable[..., Any]:
 
 
 forward = _on_first_call("forward")
+forward_with_kvcache = _on_first_call("forward_with_kvcache")
+backward = _on_first_call("backward")
 forward_oracle = _on_first_call("forward_oracle")
+backward_oracle = _on_first_call("backward_oracle")
 explain = _on_first_call("explain")
 implementations = _on_first_call("implementations")
 num_threads = _on_first_call("num_threads")
@@ -143,8 +177,12 @@ def _openmp_runtime_of_torch() -> str | None:
     return None
 
 
-def clarify(error: Exception, arguments: tuple[Any, ...]) -> Exception:
+def clarify(
+    error: Exception, arguments: tuple[Any, ...], first: dict[str, str] | None = None
+) -> Exception:
     """The error to raise for `error`, which a function called with `arguments` has raised.
+
+    `first` names those that come before ARGUMENTS.
 
     Errors of the library name the argument already. Those of the conversion of Python values do
     not, and are replaced by one that does.
@@ -152,9 +190,10 @@ def clarify(error: Exception, arguments: tuple[Any, ...]) -> Exception:
     if isinstance(error, (NotImplementedError, ValueError, MemoryError)):
         return error
     devices = set()
-    for (name, kind), value in zip(ARGUMENTS.items(), arguments):
+    names = [*(first or {}).items(), *ARGUMENTS.items()]
+    for (name, kind), value in zip(names, arguments):
         if value is None:
-            optional = kind in ("tensor", "str") and name not in ("q", "k", "v")
+            optional = kind in ("tensor", "str") and (first or name not in ("q", "k", "v"))
             if optional or name == "softmax_scale":
                 continue
         if kind == "tensor":

@@ -34,14 +34,28 @@ q, k and v are fp32, fp16 or bf16, all of one dtype. A last dimension that is no
 copied; any other strides are used as they are. A query that sees no key gives zeros.
 
 Errors: ValueError names the argument, its value and what it must be. NotImplementedError where no
-implementation serves a right request: no backend for the tensors' device, or a gradient is needed.
+implementation serves a right request: no backend for the tensors' device, or a gradient through
+pages is needed.
+
+Gradients flow to q, k, v, attn_bias and learnable_sink (Dao, 2023); ALiBi slopes are constants.
+Memory grows linearly with the sequence length.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import _native
+from ._attention import (
+    KV_PACKED,
+    QKV_PACKED,
+    SEPARATE,
+    Options,
+    Result,
+    attention,
+    length,
+    with_kvcache,
+)
+from ._attention import round_multiple as round_multiple  # clients import it from here
 
 __all__ = [
     "flash_attn_func",
@@ -50,20 +64,8 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
-
-Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-# S_dmask's sequence dimensions are rounded up to multiples of this.
-_S_DMASK_MULTIPLE = 128
-
-# Looked up once; a call on a tiny problem is mostly such look-ups.
-_empty = torch.empty
-_empty_like = torch.empty_like
-_float32 = torch.float32
-_is_grad_enabled = torch.is_grad_enabled
-_Tensor = torch.Tensor
-_CLARIFIED = (TypeError, OverflowError, RuntimeError, BufferError)
 
 
 def maybe_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -71,187 +73,9 @@ def maybe_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
-def round_multiple(x: int, m: int) -> int:
-    """x rounded up to a multiple of m."""
-    return (x + m - 1) // m * m
-
-
 def _get_block_size_n(device: object, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
     """The number of keys that share one maximum in S_dmask: all of them, whatever the arguments."""
     return 2**30
-
-
-def _draw_seed() -> int:
-    """A seed for the dropout mask, from PyTorch's default CPU generator."""
-    return int(torch.empty((), dtype=torch.int64).random_())
-
-
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: torch.Tensor | None,
-    return_attn_probs: bool,
-    attn_bias: torch.Tensor | None,
-    learnable_sink: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
-    seqused_k: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-) -> Result:
-    if not (isinstance(q, _Tensor) and isinstance(k, _Tensor) and isinstance(v, _Tensor)):
-        raise _not_a_tensor(q=q, k=k, v=v)
-    if _is_grad_enabled():
-        _refuse_gradient(q, k, v, attn_bias, learnable_sink)
-    q, k, v = _usable(q), _usable(k), _usable(v)
-    if isinstance(attn_bias, _Tensor):
-        attn_bias = _usable(attn_bias)
-    try:
-        window_left, window_right = window_size
-    except (TypeError, ValueError):
-        raise ValueError(f"window_size: must be a pair (left, right), is {window_size!r}") from None
-    lse = s_dmask = None
-    try:
-        out = _new_out(q, v)
-        if return_attn_probs:
-            lse = _new_lse(q, cu_seqlens_q)
-            if dropout_p:
-                s_dmask = _new_s_dmask(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
-    except RuntimeError as error:
-        raise _no_memory(q, v, error) from None
-    arguments = (
-        q,
-        k,
-        v,
-        out,
-        lse,
-        s_dmask,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_k,
-        block_table,
-        alibi_slopes,
-        attn_bias,
-        learnable_sink,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        causal,
-        window_left,
-        window_right,
-        softcap,
-        dropout_p,
-        _draw_seed() if dropout_p else 0,
-        0,
-        None,
-    )
-    try:
-        _native.forward(*arguments)
-    except _CLARIFIED as error:
-        clear = _native.clarify(error, arguments)
-        raise clear from (None if clear is error else error)
-    if not return_attn_probs:
-        return out
-    return out, lse, _empty((0,), dtype=q.dtype, device=q.device) if s_dmask is None else s_dmask
-
-
-def _usable(x: torch.Tensor) -> torch.Tensor:
-    # A view with the negative bit set holds its values negated, which DLPack cannot say.
-    if x.is_neg():
-        x = x.resolve_neg()
-    # A last dimension of stride 0 is a broadcast one: right for attn_bias, refused elsewhere.
-    return x if x.dim() == 0 or x.stride(-1) in (0, 1) else x.contiguous()
-
-
-# The shapes below follow from arguments that nobody has checked yet. Where those are wrong any
-# tensor does: the native library checks q, k and v first, and says what is wrong.
-
-
-def _new_out(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    if q.dim() == 0 or v.dim() == 0 or q.size(-1) == v.size(-1):
-        return _empty_like(q)
-    return q.new_empty((*q.shape[:-1], v.size(-1)))
-
-
-def _new_lse(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> torch.Tensor:
-    shape = tuple(q.shape)
-    if cu_seqlens_q is not None and len(shape) == 3:
-        shape = (shape[1], shape[0])
-    elif len(shape) == 4:
-        shape = (shape[0], shape[2], shape[1])
-    return _empty(shape, dtype=_float32, device=q.device)
-
-
-def _no_memory(q: torch.Tensor, v: torch.Tensor, error: RuntimeError) -> Exception:
-    """What to raise where PyTorch cannot allocate the outputs."""
-    if max(q.numel(), v.numel()) > 2**60:  # no memory is that large: a view of too many elements
-        return ValueError(f"q, v: shapes {list(q.shape)} and {list(v.shape)} are too large")
-    return MemoryError(f"out, softmax_lse or S_dmask cannot be allocated: {error}")
-
-
-def _new_s_dmask(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> torch.Tensor | None:
-    if cu_seqlens_q is not None:
-        batch, seqlen_q, seqlen_k = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k
-    elif q.dim() == 4 and k.dim() == 4:
-        batch, seqlen_q, seqlen_k = q.size(0), q.size(1), k.size(1)
-    else:
-        return None
-    if batch < 0 or not 0 <= min(seqlen_q, seqlen_k) <= max(seqlen_q, seqlen_k) < 2**31:
-        return None
-    rows = round_multiple(seqlen_q, _S_DMASK_MULTIPLE)
-    columns = round_multiple(seqlen_k, _S_DMASK_MULTIPLE)
-    return q.new_empty((batch, q.size(-2), rows, columns))
-
-
-def _refuse_gradient(*tensors: torch.Tensor | None) -> None:
-    for tensor in tensors:
-        if tensor is not None and getattr(tensor, "requires_grad", False):
-            raise NotImplementedError(
-                "q, k, v, attn_bias and learnable_sink must not require a gradient: the backward"
-                " pass is not in this version of FlashAttention-Plus; call under torch.no_grad()"
-            )
-
-
-def _not_a_tensor(**values: object) -> TypeError:
-    for name, value in values.items():
-        if not isinstance(value, _Tensor):
-            return TypeError(f"{name}: must be a torch.Tensor, is {type(value).__name__}")
-    raise AssertionError("all are tensors")
-
-
-def _unpack(packed: torch.Tensor, name: str, count: int, rank: int) -> tuple[torch.Tensor, ...]:
-    """The tensors stacked along the third dimension from the end of `packed`, as views."""
-    if not isinstance(packed, _Tensor):
-        raise _not_a_tensor(**{name: packed})
-    if packed.dim() != rank or packed.size(-3) != count:
-        layout = f"[batch, seqlen, {count}, num_heads, head_dim]"
-        if rank == 4:
-            layout = f"[total, {count}, num_heads, head_dim]"
-        raise ValueError(f"{name}: must have shape {layout}, has {list(packed.shape)}")
-    return packed.unbind(-3)
-
-
-def _length(name: str, value: object) -> int:
-    """A maximum length, which clients pass as an int or as a tensor of one element."""
-    if type(value) is int:
-        return value
-    try:
-        return int(value)  # type: ignore[call-overload]
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: must be an integer, is {value!r:.60}") from None
 
 
 def flash_attn_qkvpacked_func(
@@ -277,20 +101,21 @@ def flash_attn_qkvpacked_func(
     Returns:
         out [B, S, H, D]; with return_attn_probs=True (out, softmax_lse [B, H, S], S_dmask).
     """
-    q, k, v = _unpack(qkv, "qkv", 3, 5)
-    return _attention(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        return_attn_probs,
+    return attention(
+        QKV_PACKED,
+        (qkv,),
         attn_bias,
         learnable_sink,
+        Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        ),
     )
 
 
@@ -319,20 +144,21 @@ def flash_attn_kvpacked_func(
     Returns:
         out [B, Sq, H, D]; with return_attn_probs=True (out, softmax_lse [B, H, Sq], S_dmask).
     """
-    k, v = _unpack(kv, "kv", 2, 5)
-    return _attention(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        return_attn_probs,
+    return attention(
+        KV_PACKED,
+        (q, kv),
         attn_bias,
         learnable_sink,
+        Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        ),
     )
 
 
@@ -392,21 +218,24 @@ def flash_attn_func(
     Raises:
         ValueError: an argument is wrong; the message names it, its value and what it must be.
         TypeError: an argument is of a wrong Python type.
-        NotImplementedError: nothing serves the tensors' device, or a gradient is required.
+        NotImplementedError: nothing serves the tensors' device, or a gradient through pages is
+            required.
     """
-    return _attention(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        return_attn_probs,
+    return attention(
+        SEPARATE,
+        (q, k, v),
         attn_bias,
         learnable_sink,
+        Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        ),
     )
 
 
@@ -437,25 +266,25 @@ def flash_attn_varlen_qkvpacked_func(
     Returns:
         out [total, H, D]; with return_attn_probs=True (out, softmax_lse [H, total], S_dmask).
     """
-    q, k, v = _unpack(qkv, "qkv", 3, 4)
-    max_seqlen = _length("max_seqlen", max_seqlen)
-    return _attention(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        return_attn_probs,
+    return attention(
+        QKV_PACKED,
+        (qkv,),
         attn_bias,
         learnable_sink,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
+        Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            cu_seqlens,
+            cu_seqlens,
+            length("max_seqlen", max_seqlen),
+            length("max_seqlen", max_seqlen),
+        ),
     )
 
 
@@ -490,25 +319,26 @@ def flash_attn_varlen_kvpacked_func(
     Returns:
         out [total_q, H, D]; with return_attn_probs=True (out, softmax_lse [H, total_q], S_dmask).
     """
-    k, v = _unpack(kv, "kv", 2, 4)
-    return _attention(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        return_attn_probs,
+    return attention(
+        KV_PACKED,
+        (q, kv),
         attn_bias,
         learnable_sink,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        _length("max_seqlen_q", max_seqlen_q),
-        _length("max_seqlen_k", max_seqlen_k),
-        seqused_k,
+        Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            length("max_seqlen_q", max_seqlen_q),
+            length("max_seqlen_k", max_seqlen_k),
+            seqused_k,
+        ),
     )
 
 
@@ -559,23 +389,126 @@ def flash_attn_varlen_func(
     Raises:
         ValueError, TypeError, NotImplementedError: as flash_attn_func.
     """
-    return _attention(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        return_attn_probs,
+    return attention(
+        SEPARATE,
+        (q, k, v),
         attn_bias,
         learnable_sink,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        _length("max_seqlen_q", max_seqlen_q),
-        _length("max_seqlen_k", max_seqlen_k),
-        seqused_k,
-        block_table,
+        Options(
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            length("max_seqlen_q", max_seqlen_q),
+            length("max_seqlen_k", max_seqlen_k),
+            seqused_k,
+            block_table,
+        ),
     )
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    attn_bias: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q over a cache of keys and values, to which k and v are appended in place.
+
+    In this order: k is rotated to positions cache_seqlens + t and written, with v, behind the
+    cached tokens; q is rotated, with `causal` or a window to positions cache_seqlens + t, else all
+    to cache_seqlens; q attends to cache_seqlens + Snew - cache_leftpad keys, aligned to the bottom
+    right corner. Inference only: the result has no gradient.
+
+    Arguments:
+        q: [B, Sq, H, D], fp32, fp16 or bf16.
+        k_cache: [B_cache, S_cache, Hk, D], or with block_table [num_blocks, page_block_size, Hk, D]
+            with pages of any size; q's dtype, the last dimension contiguous.
+        v_cache: as k_cache, with Dv.
+        k, v: [B, Snew, Hk, D] and [B, Snew, Hk, Dv], appended; None appends nothing.
+        rotary_cos, rotary_sin: [positions, rotary_dim / 2], fp32 or q's dtype; only with k and v
+            (Su et al., "RoFormer", 2021).
+        cache_seqlens: tokens in each row of the cache before the call; [B], int32, or an int for
+            all; None: all that the cache has room for.
+        cache_batch_idx: [B], int32; the row of the cache of each batch, no row twice with k and v.
+        cache_leftpad: [B], int32; tokens to skip at the start of each row.
+        block_table: [B, max_blocks], int32; the pages of each row, in order.
+        rotary_interleaved: pairs dimensions (0, 1), (2, 3)...; else (d, d + rotary_dim / 2).
+        num_splits: in how many parts the keys are cut; 0 leaves the choice to the implementation.
+        return_softmax_lse: whether to return softmax_lse too.
+        The other options are those of flash_attn_func.
+
+    Returns:
+        out [B, Sq, H, Dv] in q's dtype; with return_softmax_lse=True (out, softmax_lse [B, H, Sq],
+        fp32, natural logarithm).
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as flash_attn_func. A length, page or row out of
+        range is an error before anything is written.
+    """
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: must be a torch.Tensor, is {type(tensor).__name__}")
+    if cache_seqlens is None:
+        if k is not None:
+            raise ValueError("cache_seqlens: is None, must be given where k and v are appended")
+        room = k_cache.size(1) if k_cache.dim() > 1 else 0
+        cache_seqlens = room if block_table is None else room * block_table.size(-1)
+    if not isinstance(cache_seqlens, torch.Tensor):
+        cache_seqlens = torch.full(
+            (q.size(0),), length("cache_seqlens", cache_seqlens), dtype=torch.int32, device=q.device
+        )
+    out, lse = with_kvcache(
+        q,
+        (k_cache, v_cache),
+        (
+            cache_seqlens,
+            cache_batch_idx,
+            cache_leftpad,
+            maybe_contiguous(k),
+            maybe_contiguous(v),
+            rotary_cos,
+            rotary_sin,
+            rotary_interleaved,
+            num_splits,
+        ),
+        attn_bias,
+        learnable_sink,
+        Options(
+            0.0,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            False,
+            False,
+            block_table=block_table,
+        ),
+        return_softmax_lse,
+    )
+    return (out, lse) if return_softmax_lse else out

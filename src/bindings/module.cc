@@ -67,7 +67,8 @@ void* current_stream(const fa_tensor* tensor) {
   return TVMFFIEnvGetStream(tensor->device_type, tensor->device_id);
 }
 
-// A function of one attention call: `call` takes its arguments after those in Extra.
+// A function of one attention call: `call` takes its arguments after those in Extra, which are
+// kBody's.
 template <auto kBody, class... Extra>
 struct AttentionCall {
   static auto call(Extra... extra, DLTensor* q, DLTensor* k, DLTensor* v, OptionalTensor out,
@@ -106,15 +107,66 @@ struct AttentionCall {
     args.dropout_offset = static_cast<uint64_t>(offset);
     args.backend = backend.has_value() ? backend.value().c_str() : nullptr;
     args.stream = current_stream(args.q);
-    return kBody(args, as_fa_tensor(extra)...);
+    return kBody(args, extra...);
   }
 };
 
 void run_forward(const fa_attention_args& args) { check(fa_forward(&args)); }
 
-void run_oracle(const fa_attention_args& args, const fa_tensor* out, const fa_tensor* lse,
-                const fa_tensor* bound) {
-  check(fa_forward_oracle(&args, out, lse, bound));
+void run_with_kvcache(fa_attention_args& args, DLTensor* cache_seqlens,
+                      OptionalTensor cache_batch_idx, OptionalTensor cache_leftpad,
+                      OptionalTensor k_new, OptionalTensor v_new, OptionalTensor rotary_cos,
+                      OptionalTensor rotary_sin, bool rotary_interleaved, int64_t num_splits) {
+  args.cache_seqlens = as_fa_tensor(cache_seqlens);
+  args.cache_batch_idx = as_fa_tensor(cache_batch_idx);
+  args.cache_leftpad = as_fa_tensor(cache_leftpad);
+  args.k_new = as_fa_tensor(k_new);
+  args.v_new = as_fa_tensor(v_new);
+  args.rotary_cos = as_fa_tensor(rotary_cos);
+  args.rotary_sin = as_fa_tensor(rotary_sin);
+  args.rotary_interleaved = rotary_interleaved ? 1 : 0;
+  args.num_splits = num_splits;
+  check(fa_forward(&args));
+}
+
+fa_attention_gradients gradients_of(OptionalTensor dout, OptionalTensor dq, OptionalTensor dk,
+                                    OptionalTensor dv, OptionalTensor d_attn_bias,
+                                    OptionalTensor d_learnable_sink) {
+  fa_attention_gradients gradients;
+  fa_attention_gradients_init(&gradients);
+  gradients.dout = as_fa_tensor(dout);
+  gradients.dq = as_fa_tensor(dq);
+  gradients.dk = as_fa_tensor(dk);
+  gradients.dv = as_fa_tensor(dv);
+  gradients.d_attn_bias = as_fa_tensor(d_attn_bias);
+  gradients.d_learnable_sink = as_fa_tensor(d_learnable_sink);
+  return gradients;
+}
+
+void run_backward(const fa_attention_args& args, OptionalTensor dout, OptionalTensor dq,
+                  OptionalTensor dk, OptionalTensor dv, OptionalTensor d_attn_bias,
+                  OptionalTensor d_learnable_sink, bool deterministic) {
+  fa_attention_gradients gradients = gradients_of(dout, dq, dk, dv, d_attn_bias, d_learnable_sink);
+  gradients.deterministic = deterministic ? 1 : 0;
+  check(fa_backward(&args, &gradients));
+}
+
+void run_oracle(const fa_attention_args& args, OptionalTensor out, OptionalTensor lse,
+                OptionalTensor bound) {
+  check(fa_forward_oracle(&args, as_fa_tensor(out), as_fa_tensor(lse), as_fa_tensor(bound)));
+}
+
+// The gradients in fp64, and the bounds that normalise their errors, in the same order.
+void run_backward_oracle(const fa_attention_args& args, OptionalTensor dout, OptionalTensor dq,
+                         OptionalTensor dk, OptionalTensor dv, OptionalTensor d_attn_bias,
+                         OptionalTensor d_learnable_sink, OptionalTensor dq_bound,
+                         OptionalTensor dk_bound, OptionalTensor dv_bound,
+                         OptionalTensor d_attn_bias_bound, OptionalTensor d_learnable_sink_bound) {
+  const fa_attention_gradients gradients =
+      gradients_of(dout, dq, dk, dv, d_attn_bias, d_learnable_sink);
+  const fa_attention_gradients bounds = gradients_of(std::nullopt, dq_bound, dk_bound, dv_bound,
+                                                     d_attn_bias_bound, d_learnable_sink_bound);
+  check(fa_backward_oracle(&args, &gradients, &bounds));
 }
 
 ffi::String run_explain(const fa_attention_args& args) {
@@ -151,13 +203,20 @@ void adopt_openmp_runtime(const ffi::String& path) { check(fa_use_openmp_runtime
 
 ffi::String library_version() { return fa_version(); }
 
-using OracleCall = AttentionCall<run_oracle, OptionalTensor, OptionalTensor, OptionalTensor>;
+// AttentionCall of a body, whose parameters after the first are Extra.
+template <auto kBody, class Result, class First, class... Extra>
+AttentionCall<kBody, Extra...> deduce(Result (*)(First, Extra...));
+template <auto kBody>
+using CallOf = decltype(deduce<kBody>(kBody));
 
 }  // namespace
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, AttentionCall<run_forward>::call)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_oracle, OracleCall::call)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, AttentionCall<run_explain>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, CallOf<run_forward>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_with_kvcache, CallOf<run_with_kvcache>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward, CallOf<run_backward>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_oracle, CallOf<run_oracle>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_oracle, CallOf<run_backward_oracle>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, CallOf<run_explain>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(implementations, list_implementations)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_threads, count_threads)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_openmp_runtime, adopt_openmp_runtime)

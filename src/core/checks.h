@@ -115,6 +115,7 @@ inline Status check_storage(Named tensor) {
 inline Status check_last_contiguous(Named tensor) {
   const int last = tensor.view.ndim - 1;
   if (last < 0 || tensor.view.shape[last] <= 1 || tensor.view.strides[last] == 1) return {};
+  if (tensor.view.num_elements() == 0) return {};
   return invalid_argument(tensor.name, ": the last dimension has stride ",
                           tensor.view.strides[last], ", must be contiguous (stride 1; strides ",
                           strides_text(tensor.view), ")");

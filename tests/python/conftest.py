@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The forward only: there is no backward to record for.
+# Tests of gradients turn it on.
 torch.set_grad_enabled(False)
 for name in ("FLASH_ATTENTION_BACKEND", "FLASH_ATTENTION_USE_FLAGGEMS"):
     os.environ.pop(name, None)

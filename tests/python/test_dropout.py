@@ -18,7 +18,8 @@ from support import (
 )
 
 from flash_attn import dlpack, flash_attn_func, flash_attn_varlen_func
-from flash_attn.flash_attn_interface import _draw_seed, _get_block_size_n
+from flash_attn._attention import draw_seed
+from flash_attn.flash_attn_interface import _get_block_size_n
 
 UINT32 = np.uint64(0xFFFFFFFF)
 
@@ -60,7 +61,7 @@ def kept(p: float, seed: int, offset: int, batch: int, heads: int, rows: int, ke
 def seed_of_next_call(seed: int) -> int:
     """The dropout seed of the first call after torch.manual_seed(seed), which is set again."""
     torch.manual_seed(seed)
-    drawn = _draw_seed()
+    drawn = draw_seed()
     torch.manual_seed(seed)
     return drawn
 

@@ -192,9 +192,9 @@ class _Rotation(torch.autograd.Function):
         in_tensor = isinstance(seqlen_offsets, torch.Tensor)
         ctx.seqlen_offset = None if in_tensor else seqlen_offsets
         ctx.save_for_backward(seqlen_offsets if in_tensor else None, cu_seqlens, *tables)
-        # Writing to one part of a split makes autograd refuse the others, unless it does not see it.
-        unseen = inplace and ctx.needs_input_grad[0] and x._is_view()
-        target = x.data if unseen else x
+        # Autograd refuses the other parts of a split once it has seen one of them being written.
+        unseen = inplace and ctx.needs_input_grad[0] and not torch.compiler.is_compiling()
+        target = x.data if unseen and x._is_view() else x
         out = _turn(target, options, inplace, False, seqlen_offsets, cu_seqlens, tables)
         return x if inplace else out
 

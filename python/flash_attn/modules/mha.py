@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import flash_attn_interface
 from ..flash_attn_interface import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
 from ..layers.rotary import RotaryEmbedding
 from ..ops.fused_dense import ColumnParallelLinear, FusedDense, RowParallelLinear
@@ -46,6 +46,7 @@ __all__ = [
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "get_alibi_slopes",
 ]
 
@@ -225,7 +226,7 @@ class _CachedAttention(nn.Module):
         cache = inference_params.key_value_memory_dict[self.layer_idx][rows]
         lengths = inference_params.lengths_per_sample
         attention = self.inner_cross_attn
-        return flash_attn_interface.flash_attn_with_kvcache(
+        return flash_attn_with_kvcache(
             q,
             cache[:, :, 0],
             cache[:, :, 1],

@@ -78,7 +78,7 @@ def sqrelu_bwd(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def swiglu_fwd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x sigmoid(x) y, computed in fp32 and rounded once (Shazeer, "GLU Variants", 2020)."""
     out = F.silu(x.to(_dtype_of_computation(x))) * y
-    return out.to(torch.result_type(x, y))
+    return out.to(torch.promote_types(x.dtype, y.dtype))
 
 
 def swiglu_bwd(

@@ -207,7 +207,7 @@ def pytorch_profiler(
     if device_type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(
-        activities=activities, record_shapes=True, with_stack=True
+        activities=activities, record_shapes=True, with_stack=trace_filename is not None
     ) as profile:
         call()
     if verbose:

@@ -39,9 +39,9 @@ def all_gather_raw(
     """
     size = dist.get_world_size(process_group) * input_.shape[0]
     output = input_.new_empty((size, *input_.shape[1:]))
-    handle = dist.all_gather_into_tensor(
-        output, input_.contiguous(), group=process_group, async_op=async_op
-    )
+    # The name since PyTorch 2.13, and the one before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    handle = gather(output, input_.contiguous(), group=process_group, async_op=async_op)
     return output, handle
 
 
@@ -59,9 +59,8 @@ def reduce_scatter_raw(
             f" shape {list(input_.shape)}"
         )
     output = input_.new_empty((input_.shape[0] // world_size, *input_.shape[1:]))
-    handle = dist.reduce_scatter_tensor(
-        output, input_.contiguous(), group=process_group, async_op=async_op
-    )
+    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    handle = reduce(output, input_.contiguous(), group=process_group, async_op=async_op)
     return output, handle
 
 

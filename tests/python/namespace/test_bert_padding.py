@@ -71,9 +71,7 @@ def test_padding_again_restores_the_tokens_and_zeros(mask, dtype):
 
 
 def test_an_empty_batch():
-    tokens, indices, cu_seqlens, longest, used = unpad_input(
-        torch.randn(0, 4, 2), torch.ones(0, 4)
-    )
+    tokens, indices, cu_seqlens, longest, used = unpad_input(torch.randn(0, 4, 2), torch.ones(0, 4))
     assert tokens.shape == (0, 2) and indices.shape == used.shape == (0,)
     assert cu_seqlens.tolist() == [0] and longest == 0
     assert pad_input(tokens, indices, 0, 4).shape == (0, 4, 2)
@@ -130,7 +128,7 @@ def test_wrong_shapes_are_refused():
 def test_as_verl_uses_it():
     """Ids, positions and log-probabilities go through; a packed batch comes back."""
     ids, mask = torch.arange(12).view(3, 4), torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [1] * 4])
-    unpadded, indices, cu_seqlens, *_ = unpad_input(ids.unsqueeze(-1), mask)
+    unpadded, indices, *_ = unpad_input(ids.unsqueeze(-1), mask)
     assert unpadded.transpose(0, 1).shape == (1, 9)
     positions = torch.arange(24).view(2, 3, 4)
     rows = index_first_axis(rearrange(positions, "c b s ... -> (b s) c ..."), indices)
@@ -145,7 +143,7 @@ def test_as_verl_uses_it():
 def test_as_transformers_uses_it():
     """Heads are selected by the indices of their tokens; the fifth result may be dropped."""
     key, mask = torch.randn(2, 6, 2, 8), torch.tensor([[1] * 4 + [0] * 2, [1] * 6])
-    hidden, indices, cu_seqlens, longest, *_ = unpad_input(key, mask)
+    hidden, indices, _, longest, *_ = unpad_input(key, mask)
     again = index_first_axis(key.reshape(12, 2, 8), indices)
     assert torch.equal(hidden, again) and longest == 6
 

@@ -1,4 +1,4 @@
-"""Cross entropy against PyTorch's own in fp64: smoothing, scale, z-loss, ignored rows, gradients."""
+"""Cross entropy against PyTorch's own in fp64: smoothing, scale, z-loss, ignored rows."""
 
 from __future__ import annotations
 
@@ -187,7 +187,9 @@ def test_module_of_ignored_rows_and_of_another_reduction():
         CrossEntropyLoss(reduction="median")
     module = CrossEntropyLoss(inplace_backward=True)
     logits = torch.randn(2, 3, requires_grad=True)
-    module(logits * 1.0, torch.tensor([0, 2]), precomputed_lse=torch.logsumexp(logits, 1)).backward()
+    module(
+        logits * 1.0, torch.tensor([0, 2]), precomputed_lse=torch.logsumexp(logits, 1)
+    ).backward()
     exact = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([0, 2])), logits)[0]
     torch.testing.assert_close(logits.grad, exact)
 

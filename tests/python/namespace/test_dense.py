@@ -122,11 +122,16 @@ def test_mlp(activation, level, with_bias):
     assert gradcheck(call, leaves)
 
 
-@pytest.mark.parametrize(("level", "save", "kept"), [(0, True, 2), (1, True, 1), (2, True, 0),
-                                                     (0, False, 0)])
+@pytest.mark.parametrize(
+    ("level", "save", "kept"), [(0, True, 2), (1, True, 1), (2, True, 0), (0, False, 0)]
+)
 def test_levels_keep_less(level, save, kept):
     """How many tensors of the hidden layer's size are kept for the backward pass."""
-    x, weight1, weight2 = torch.randn(3, 6), torch.randn(10, 6, requires_grad=True), torch.randn(4, 10)
+    x, weight1, weight2 = (
+        torch.randn(3, 6),
+        torch.randn(10, 6, requires_grad=True),
+        torch.randn(4, 10),
+    )
     sizes = []
 
     def pack(tensor):
@@ -142,7 +147,7 @@ def test_levels_keep_less(level, save, kept):
 def test_mlp_under_autocast(level):
     module = FusedMLP(6, 10, checkpoint_lvl=level)
     x = torch.randn(5, 6, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         out = module(x)
     assert out.dtype == torch.bfloat16
     out.sum().backward()

@@ -12,7 +12,6 @@ from plain import attention, not_after
 from torch import nn
 
 import flash_attn
-from flash_attn import flash_attn_interface
 from flash_attn.bert_padding import pad_input, unpad_input
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb
 from flash_attn.modules import mha
@@ -110,16 +109,17 @@ def test_flash_modules_pass_on_their_options():
     cross = FlashCrossAttention(**options).eval()
     assert torch.equal(cross(qkv[:, :, 0], qkv[:, :, 1:]), expected)
     assert not torch.equal(module.train()(qkv), expected)
-    for module, arguments in ((FlashSelfAttention(), (qkv[0],)), (cross, (qkv[0, :, 0], qkv[0, :, 1:]))):
+    for module, arguments in (
+        (FlashSelfAttention(), (qkv[0],)),
+        (cross, (qkv[0, :, 0], qkv[0, :, 1:])),
+    ):
         with pytest.raises(ValueError, match="max_seqlen: must be given"):
             module(*arguments, cu_seqlens=torch.tensor([0, 9]).int())
 
 
 def plain_mha(module: MHA, x: torch.Tensor, causal: bool, rotary_dim: int = 0) -> torch.Tensor:
     """Self-attention from the module's weights."""
-    q, k, v = module.Wqkv(x).split(
-        [DIM, *[module.num_heads_kv * module.head_dim] * 2], -1
-    )
+    q, k, v = module.Wqkv(x).split([DIM, *[module.num_heads_kv * module.head_dim] * 2], -1)
     q, k, v = (t.unflatten(-1, (-1, module.head_dim)) for t in (q, k, v))
     if rotary_dim:
         table = RotaryEmbedding(rotary_dim)
@@ -148,23 +148,34 @@ def test_mha(heads_kv, rotary_dim, causal, checkpointing):
         close(one, other)
 
 
+def gradients(module, out, dout):
+    return torch.autograd.grad(out, list(module.parameters()), dout)
+
+
 @needs_library
-@torch.no_grad()
 @pytest.mark.parametrize("heads_kv", [None, 2])
 @pytest.mark.parametrize("rotary_dim", [0, 4])
-def test_mha_with_flash_attention_dense_and_packed(heads_kv, rotary_dim):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_mha_with_flash_attention_dense_and_packed(heads_kv, rotary_dim, checkpointing):
     """The same weights with PyTorch's attention, with ours, and packed without padding."""
     options = {"causal": True, "rotary_emb_dim": rotary_dim}
     plain = MHA(DIM, HEADS, heads_kv, **options)
+    options["checkpointing"] = checkpointing
     flash = MHA(DIM, HEADS, heads_kv, **options, use_flash_attn=True)
     flash.load_state_dict(plain.state_dict())
-    x = torch.randn(2, 6, DIM)
-    expected = plain(x)
-    close(flash(x), expected)
+    x, dout = torch.randn(2, 2, 6, DIM)
+    expected, out = plain(x), flash(x)
+    close(out, expected)
+    for one, other in zip(gradients(flash, out, dout), gradients(plain, expected, dout)):
+        close(one, other)
+
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     tokens, indices, cu_seqlens, longest, _ = unpad_input(x, mask)
     packed = pad_input(flash(tokens, cu_seqlens=cu_seqlens, max_seqlen=longest), indices, 2, 6)
-    close(packed, expected * mask[..., None])
+    expected = plain(x) * mask[..., None]
+    close(packed, expected)
+    for one, other in zip(gradients(flash, packed, dout), gradients(plain, expected, dout)):
+        close(one, other)
 
 
 @pytest.mark.parametrize("heads_kv", [None, 2])
@@ -228,8 +239,22 @@ def test_mha_with_a_depthwise_convolution_is_causal():
     close(mha._convolved(convolution, x), expected)
 
 
-def plain_kvcache(q, k_cache, v_cache, k, v, rotary_cos=None, rotary_sin=None, *, cache_seqlens,
-                  softmax_scale, causal, window_size, alibi_slopes, rotary_interleaved=False):
+def plain_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k,
+    v,
+    rotary_cos=None,
+    rotary_sin=None,
+    *,
+    cache_seqlens,
+    softmax_scale,
+    causal,
+    window_size,
+    alibi_slopes,
+    rotary_interleaved=False,
+):
     """flash_attn_with_kvcache as its documentation has it, for one new token per sequence."""
     assert window_size == (-1, -1) and alibi_slopes is None and causal
     batch = q.shape[0]
@@ -256,19 +281,16 @@ def plain_kvcache(q, k_cache, v_cache, k, v, rotary_cos=None, rotary_sin=None, *
 @torch.no_grad()
 @pytest.mark.parametrize("cache", ["torch", "plain", "flash"])
 @pytest.mark.parametrize("heads_kv", [None, 2])
-@pytest.mark.parametrize("rotary", [{}, {"rotary_emb_dim": 4}, {"rotary_emb_dim": 4,
-                                                               "rotary_emb_interleaved": True}])
+@pytest.mark.parametrize(
+    "rotary", [{}, {"rotary_emb_dim": 4}, {"rotary_emb_dim": 4, "rotary_emb_interleaved": True}]
+)
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_decoding_is_the_forward_of_the_whole(cache, heads_kv, rotary, per_sample, monkeypatch):
     """With PyTorch's attention, with a plain append, and with ours, token by token."""
     if cache == "plain":
-        monkeypatch.setattr(
-            flash_attn_interface, "flash_attn_with_kvcache", plain_kvcache, raising=False
-        )
+        monkeypatch.setattr(mha, "flash_attn_with_kvcache", plain_kvcache)
     if cache != "torch" and not HAS_LIBRARY:
         pytest.skip("the native library is not built")
-    if cache == "flash" and not hasattr(flash_attn_interface, "flash_attn_with_kvcache"):
-        pytest.skip("flash_attn_with_kvcache is not built yet")
     options = {"num_heads_kv": heads_kv, "causal": True, "layer_idx": 3, **rotary}
     module = MHA(DIM, HEADS, **options, use_flash_attn=cache != "torch")
     x = torch.randn(2, 7, DIM)
@@ -340,8 +362,9 @@ def make_block(cls=Block, **options):
     return cls(DIM, mixer, partial(Mlp, hidden_features=48), **options)
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, RMSNorm,
-                                  partial(RMSNorm, zero_centered_weight=True)])
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm, nn.RMSNorm, RMSNorm, partial(RMSNorm, zero_centered_weight=True)]
+)
 @pytest.mark.parametrize("in_fp32", [False, True])
 def test_prenorm_block(norm, in_fp32):
     """The fused and the plain path, against the block as one would write it."""
@@ -381,7 +404,10 @@ def test_postnorm_block(fused, return_residual):
 @pytest.mark.parametrize("fused", [False, True])
 def test_block_drops_elements_and_sequences_in_training(fused):
     block = make_block(
-        resid_dropout1=0.5, drop_path1=0.5, fused_dropout_add_ln=fused, mark_shared_params=True,
+        resid_dropout1=0.5,
+        drop_path1=0.5,
+        fused_dropout_add_ln=fused,
+        mark_shared_params=True,
         sequence_parallel=True,
     )
     block.mixer = nn.Identity()

@@ -51,18 +51,20 @@ def tensors(dtype, *names, rows=(3, 5), weight_dtype=None):
 @pytest.mark.parametrize("zero_centered", [False, True])
 def test_norm(is_rms_norm, dtype, weight_dtype, zero_centered):
     t = tensors(dtype, "x", "weight", "bias", weight_dtype=weight_dtype)
-    exact = plain_norm(t["x"].double(), t["weight"].double(), t["bias"].double(), is_rms_norm,
-                       zero_centered)
-    out = layer_norm_fn(
-        **t, eps=EPS, is_rms_norm=is_rms_norm, zero_centered_weight=zero_centered
+    exact = plain_norm(
+        t["x"].double(), t["weight"].double(), t["bias"].double(), is_rms_norm, zero_centered
     )
+    out = layer_norm_fn(**t, eps=EPS, is_rms_norm=is_rms_norm, zero_centered_weight=zero_centered)
     assert out.dtype == dtype
     assert_rounded_once(out, exact, slack=5e-6)
     if is_rms_norm:
         again = rms_norm_fn(**t, eps=EPS, zero_centered_weight=zero_centered)
         assert torch.equal(again, out)
     wide = layer_norm_fn(
-        **t, eps=EPS, is_rms_norm=is_rms_norm, zero_centered_weight=zero_centered,
+        **t,
+        eps=EPS,
+        is_rms_norm=is_rms_norm,
+        zero_centered_weight=zero_centered,
         out_dtype=torch.float32,
     )
     assert wide.dtype == torch.float32
@@ -78,9 +80,7 @@ def test_residual(is_rms_norm, dtype, residual_dtype):
     residual = torch.randn(3, 5, N).to(residual_dtype)
     z = t["x"].double() + residual.double()
     exact = plain_norm(z, t["weight"].double(), t["bias"].double(), is_rms_norm)
-    y, total = layer_norm_fn(
-        **t, residual=residual, eps=EPS, prenorm=True, is_rms_norm=is_rms_norm
-    )
+    y, total = layer_norm_fn(**t, residual=residual, eps=EPS, prenorm=True, is_rms_norm=is_rms_norm)
     assert y.dtype == dtype and total.dtype == residual_dtype
     assert_rounded_once(y, exact, slack=5e-6)
     assert_rounded_once(total, z)
@@ -276,7 +276,14 @@ def test_norm_and_linear(is_rms_norm, with_residual):
         leaf.requires_grad_()
     residual = t["residual"] if with_residual else None
     out, total = layer_norm_linear_fn(
-        t["x"], t["weight"], t["bias"], linear_weight, linear_bias, residual, EPS, True,
+        t["x"],
+        t["weight"],
+        t["bias"],
+        linear_weight,
+        linear_bias,
+        residual,
+        EPS,
+        True,
         is_rms_norm=is_rms_norm,
     )
     z = t["x"] + t["residual"] if with_residual else t["x"] * 1.0
@@ -300,12 +307,14 @@ def test_norm_and_linear_under_autocast():
     t = tensors(torch.float32, "x", "weight", "bias")
     linear = torch.nn.Linear(N, 7)
     x = t["x"].requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         out = layer_norm_linear_fn(x, t["weight"], t["bias"], linear.weight, linear.bias)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert x.grad.dtype == linear.weight.grad.dtype == torch.float32
-    exact = F.linear(F.layer_norm(x, (N,), t["weight"], t["bias"], 1e-6), linear.weight, linear.bias)
+    exact = F.linear(
+        F.layer_norm(x, (N,), t["weight"], t["bias"], 1e-6), linear.weight, linear.bias
+    )
     torch.testing.assert_close(out.float(), exact, rtol=3e-2, atol=3e-2)
 
 
@@ -318,8 +327,13 @@ def test_names_of_the_extension(is_rms_norm, prenorm):
     module = ops_rms_norm if is_rms_norm else ops_layer_norm
     function = module.dropout_add_rms_norm if is_rms_norm else module.dropout_add_layer_norm
     results = function(
-        *(t[name] for name in ("x", "residual", "weight", "bias")), 0.25, EPS, t["rowscale"],
-        t["colscale"], prenorm, return_dropout_mask=True,
+        *(t[name] for name in ("x", "residual", "weight", "bias")),
+        0.25,
+        EPS,
+        t["rowscale"],
+        t["colscale"],
+        prenorm,
+        return_dropout_mask=True,
     )
     mask = results[-1]
     assert len(results) == 2 + prenorm and mask.dtype == torch.uint8

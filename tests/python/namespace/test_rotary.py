@@ -123,9 +123,9 @@ def test_the_plain_version_agrees(interleaved):
 @pytest.mark.parametrize("offsets", [1, torch.tensor([3, 0])])
 def test_gradients(interleaved, offsets):
     cos, sin = tables()
-    x = torch.randn(2, 3, 2, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 2, 1, HEAD_DIM, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda x: apply_rotary_emb(x, cos, sin, interleaved, False, offsets), x)
-    qkv = torch.randn(2, 3, 3, 1, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    qkv = torch.randn(2, 1, 3, 1, HEAD_DIM, dtype=torch.float64, requires_grad=True)
     cos_k, sin_k = tables()
 
     def packed(qkv):
@@ -138,8 +138,10 @@ def test_gradients(interleaved, offsets):
 
     assert gradcheck(packed, qkv)
     assert gradcheck(grouped, qkv)
-    kv = torch.randn(2, 3, 2, 2, HEAD_DIM, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda kv: apply_rotary_emb_kv_(kv.clone(), cos, sin, interleaved, offsets), kv)
+    kv = torch.randn(2, 2, 2, 1, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(
+        lambda kv: apply_rotary_emb_kv_(kv.clone(), cos, sin, interleaved, offsets), kv
+    )
 
 
 def test_gradients_of_packed_sequences():
@@ -166,7 +168,9 @@ def test_in_place_on_leaves_and_views_with_gradients():
     both = torch.randn(1, 5, 4, HEAD_DIM, requires_grad=True)
     first, second = (2.0 * both).split(2, dim=2)
     (apply_rotary_emb(first, cos, sin, inplace=True).sum() + second.sum()).backward()
-    expected = torch.cat((turned(torch.full_like(first, 2.0), cos, sin, conjugate=True), 2 * second))
+    expected = torch.cat(
+        (turned(torch.full_like(first, 2.0), cos, sin, conjugate=True), 2 * second)
+    )
     torch.testing.assert_close(both.grad[:, :, :2].double(), expected[:1])
     assert torch.equal(both.grad[:, :, 2:], torch.full_like(second, 2.0))
 
@@ -229,7 +233,7 @@ def module_tables(dim: int, length: int, base: float = 10000.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_module_tables(dtype):
     module = RotaryEmbedding(8, base=500.0).to(dtype)
-    module._update_cos_sin_cache(300, device=torch.device("cpu"), dtype=dtype)
+    module._update_cos_sin_cache(300, device=torch.get_default_device(), dtype=dtype)
     cos, sin = module_tables(8, 300, 500.0)
     # Angles up to 300 have an error of 300 * 2^-24; 16-bit buffers would be off by whole turns.
     for actual, exact in ((module._cos_cached, cos), (module._sin_cached, sin)):
@@ -237,12 +241,12 @@ def test_module_tables(dtype):
         bound = 4e-5 + torch.finfo(dtype).eps
         assert (actual.double() - exact).abs().max() < bound
     kept = module._cos_cached
-    module._update_cos_sin_cache(200, device=torch.device("cpu"), dtype=dtype)
+    module._update_cos_sin_cache(200, device=torch.get_default_device(), dtype=dtype)
     assert module._cos_cached is kept
-    module._update_cos_sin_cache(301, device=torch.device("cpu"), dtype=dtype)
+    module._update_cos_sin_cache(301, device=torch.get_default_device(), dtype=dtype)
     assert module._cos_cached.shape == (301, 4)
     other = torch.float32 if dtype != torch.float32 else torch.float16
-    module._update_cos_sin_cache(301, device=torch.device("cpu"), dtype=other)
+    module._update_cos_sin_cache(301, device=torch.get_default_device(), dtype=other)
     assert module._cos_cached.dtype == other
     assert not module.state_dict()
 
@@ -287,7 +291,7 @@ def test_module_with_packed_sequences():
 def test_xpos_depends_on_distances_alone():
     """q scaled up and k scaled down by position: products are those of shifted positions."""
     module = RotaryEmbedding(8, scale_base=16)
-    module._update_cos_sin_cache(20, device=torch.device("cpu"), dtype=torch.float32)
+    module._update_cos_sin_cache(20, device=torch.get_default_device(), dtype=torch.float32)
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 20, 1, 8).clone()
     qkv = torch.stack((q, k, k), dim=2)
     out = module(qkv)
@@ -305,7 +309,7 @@ def test_xpos_depends_on_distances_alone():
     assert (module._cos_k_cached.double() - expected).abs().max() < 1e-5
     # A model cast to 16 bits keeps fp32 tables.
     half = RotaryEmbedding(8, scale_base=16).half()
-    half._update_cos_sin_cache(20, device=torch.device("cpu"), dtype=torch.float32)
+    half._update_cos_sin_cache(20, device=torch.get_default_device(), dtype=torch.float32)
     assert torch.equal(half._cos_cached, module._cos_cached)
 
 
@@ -334,7 +338,7 @@ def test_as_megatron_and_transformers_use_it():
 def test_as_mamba_uses_it():
     """The module's tables, as arguments of a cache's rotation."""
     module = RotaryEmbedding(8, interleaved=False)
-    module._update_cos_sin_cache(32, device=torch.device("cpu"), dtype=torch.float16)
+    module._update_cos_sin_cache(32, device=torch.get_default_device(), dtype=torch.float16)
     assert module._cos_cached.shape == module._sin_cached.shape == (32, 4)
     assert module._cos_cached.dtype == torch.float16
 
@@ -342,7 +346,7 @@ def test_as_mamba_uses_it():
 def test_as_modernbert_and_esm_use_it():
     """In place on a packed qkv seen as heads, with cu_seqlens and max_seqlen."""
     module = RotaryEmbedding(8)
-    module._update_cos_sin_cache(5, device=torch.device("cpu"), dtype=torch.float32)
+    module._update_cos_sin_cache(5, device=torch.get_default_device(), dtype=torch.float32)
     qkv = torch.randn(9, 3, 2, 8)
     before = qkv.clone()
     cu_seqlens = torch.tensor([0, 5, 9], dtype=torch.int32)

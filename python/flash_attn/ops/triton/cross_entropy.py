@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ...utils.distributed import all_gather_raw
+
 __all__ = ["cross_entropy_loss"]
 
 # Elements of the logits that are worked on at once: 64 MB in fp32, enough to fill any device.
@@ -175,9 +177,8 @@ def _over_processes(
     lse: torch.Tensor, target: torch.Tensor, group: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The lse over the classes of all processes, and the sum of their targets."""
-    parts = lse.new_empty((dist.get_world_size(group), *lse.shape))
     reduction = dist.all_reduce(target, group=group, async_op=True)
-    dist.all_gather_into_tensor(parts, lse.contiguous(), group=group)
+    parts, _ = all_gather_raw(lse[None], group)
     reduction.wait()
     return torch.logsumexp(parts, 0), target
 

@@ -1,0 +1,164 @@
+"""flash_attn_with_kvcache: decoding equals attention over the whole sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import DTYPES
+
+from flash_attn import flash_attn_func, flash_attn_with_kvcache
+
+# Of max |decoded - whole| for normal inputs: both are within the forward's bound of the truth.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """x [B, S, H, D] at positions 0 to S, rounded to its dtype."""
+    dim = 2 * cos.size(-1)
+    cos, sin = (t[: x.size(1), None, :].float() for t in (cos, sin))
+    a, b = (x[..., 0:dim:2], x[..., 1:dim:2]) if interleaved else x[..., :dim].chunk(2, -1)
+    a, b = a.float(), b.float()
+    pairs = (a * cos - b * sin, a * sin + b * cos)
+    rotated = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
+    return torch.cat([rotated.to(x.dtype), x[..., dim:]], -1)
+
+
+def empty_cache(
+    batch: int, room: int, heads: int, dim: int, dtype: torch.dtype, page_size: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """k_cache and v_cache full of NaN, and the arguments that say how they are laid out."""
+    if page_size == 0:
+        shape = (batch, room, heads, dim)
+        return *(torch.full(shape, torch.nan, dtype=dtype) for _ in "kv"), {}
+    pages = room // page_size
+    order = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(1))
+    table = order.to(torch.int32).view(batch, pages)
+    shape = (batch * pages, page_size, heads, dim)
+    return *(torch.full(shape, torch.nan, dtype=dtype) for _ in "kv"), {"block_table": table}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [0, 1, 16])
+@pytest.mark.parametrize("rotary", [None, "interleaved", "halves"])
+def test_decoding_token_by_token_equals_the_whole_sequence(dtype, page_size, rotary):
+    batch, length, heads, heads_kv, dim = 2, 48, 4, 2, 32
+    q = normal(batch, length, heads, dim, dtype=dtype, seed=1)
+    k = normal(batch, length, heads_kv, dim, dtype=dtype, seed=2)
+    v = normal(batch, length, heads_kv, dim, dtype=dtype, seed=3)
+    k_cache, v_cache, layout = empty_cache(batch, 64, heads_kv, dim, dtype, page_size)
+    whole_q, whole_k = q, k
+    if rotary is not None:
+        angles = torch.arange(64)[:, None] * 0.5 ** torch.arange(8)[None, :]
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        whole_q, whole_k = (rotate(x, cos, sin, rotary == "interleaved") for x in (q, k))
+        layout |= {
+            "rotary_cos": cos,
+            "rotary_sin": sin,
+            "rotary_interleaved": rotary == "interleaved",
+        }
+    expected = flash_attn_func(whole_q, whole_k, v, causal=True)
+    # A prompt, then token by token, then a few tokens at once.
+    steps = [(0, 17), *((t, t + 1) for t in range(17, 40)), (40, 48)]
+    for first, last in steps:
+        out = flash_attn_with_kvcache(
+            q[:, first:last],
+            k_cache,
+            v_cache,
+            k[:, first:last],
+            v[:, first:last],
+            cache_seqlens=first if first % 2 else torch.full((batch,), first, dtype=torch.int32),
+            causal=True,
+            num_splits=first % 4,
+            **layout,
+        )
+        assert (out - expected[:, first:last]).abs().max() <= TOLERANCE[dtype], (first, last)
+
+
+def test_results_and_shapes():
+    q, k, v = normal(2, 3, 4, 16), normal(2, 20, 2, 16, seed=1), normal(2, 20, 2, 16, seed=2)
+    whole = flash_attn_func(q, k, v)
+    # Without lengths, all of the cache.
+    assert torch.allclose(flash_attn_with_kvcache(q, k, v), whole, atol=1e-6)
+    out, lse = flash_attn_with_kvcache(q, k, v, return_softmax_lse=True)
+    _, expected_lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
+    assert out.shape == q.shape and lse.shape == (2, 4, 3)
+    assert torch.allclose(lse, expected_lse, atol=1e-5)
+
+
+def test_rows_and_left_padding():
+    q, k, v = normal(2, 1, 4, 16), normal(5, 20, 2, 16, seed=1), normal(5, 20, 2, 16, seed=2)
+    out = flash_attn_with_kvcache(
+        q,
+        k,
+        v,
+        cache_seqlens=torch.tensor([12, 20], dtype=torch.int32),
+        cache_batch_idx=torch.tensor([4, 1], dtype=torch.int32),
+        cache_leftpad=torch.tensor([3, 0], dtype=torch.int32),
+    )
+    assert torch.allclose(out[:1], flash_attn_func(q[:1], k[4:5, 3:12], v[4:5, 3:12]), atol=1e-6)
+    assert torch.allclose(out[1:], flash_attn_func(q[1:], k[1:2], v[1:2]), atol=1e-6)
+
+
+def lengths(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "cache_too_small": ({"cache_seqlens": lengths(20, 3)}, "cache_seqlens: entry 0 is 20"),
+    "negative_length": ({"cache_seqlens": lengths(2, -1)}, "cache_seqlens: entry 1 is -1"),
+    "lengths_of_int64": ({"cache_seqlens": torch.tensor([1, 2])}, "cache_seqlens: dtype is int64"),
+    "lengths_of_another_batch": ({"cache_seqlens": lengths(1, 2, 3)}, "cache_seqlens: length is 3"),
+    "row_out_of_range": ({"cache_batch_idx": lengths(0, 2)}, "cache_batch_idx: entry 1 is 2"),
+    "leftpad_beyond_the_row": ({"cache_leftpad": lengths(9, 0)}, "cache_leftpad: entry 0 is 9"),
+    "new_keys_of_another_head_dim": ({"k": normal(2, 1, 2, 8)}, r"k_new: shape is \[2, 1, 2, 8\]"),
+    "new_keys_without_values": ({"v": None}, "v_new: is missing"),
+    "rotary_too_short": (
+        {"rotary_cos": normal(4, 8), "rotary_sin": normal(4, 8)},
+        "rotary_cos: has 4 positions",
+    ),
+    "rotary_dim_too_large": (
+        {"rotary_cos": normal(30, 9), "rotary_sin": normal(30, 9)},
+        "rotary_cos: rotary_dim is 18",
+    ),
+    "rotary_sin_missing": ({"rotary_cos": normal(30, 8)}, "rotary_sin: is missing"),
+    "too_many_splits": ({"num_splits": 1000}, "num_splits: is 1000"),
+    "negative_splits": ({"num_splits": -1}, "num_splits: is -1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_argument_is_named_and_nothing_is_written(name):
+    changed, message = BAD[name]
+    q = normal(2, 1, 4, 16)
+    k_cache, v_cache = normal(2, 20, 2, 16, seed=1), normal(2, 20, 2, 16, seed=2)
+    before = k_cache.clone(), v_cache.clone()
+    arguments: dict[str, Any] = {
+        "k": normal(2, 1, 2, 16, seed=3),
+        "v": normal(2, 1, 2, 16, seed=4),
+        "cache_seqlens": lengths(5, 7),
+    }
+    with pytest.raises(ValueError, match=message):
+        flash_attn_with_kvcache(q, k_cache, v_cache, **(arguments | changed))
+    assert torch.equal(k_cache, before[0]) and torch.equal(v_cache, before[1])
+
+
+def test_a_page_out_of_range_is_refused():
+    q, pages = normal(1, 1, 2, 16), normal(4, 8, 2, 16)
+    for entry in (4, -1):
+        table = torch.tensor([[0, entry]], dtype=torch.int32)
+        with pytest.raises(ValueError, match=rf"block_table: entry \[0, 1\] is {entry}"):
+            flash_attn_with_kvcache(q, pages, pages, cache_seqlens=12, block_table=table)
+
+
+def test_appending_needs_lengths():
+    q, cache = normal(1, 1, 2, 16), normal(1, 8, 2, 16)
+    with pytest.raises(ValueError, match="cache_seqlens: is None"):
+        flash_attn_with_kvcache(q, cache, cache, q, q)
