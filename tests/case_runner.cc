@@ -18,18 +18,6 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr uint64_t kDropoutSeed = 0x1234567890ABCDEF;
 constexpr uint64_t kDropoutOffset = 0x0000000300000005;
 
-// Below it fp16 rounds by absolute, no longer by relative, steps.
-double smallest_normal(DataType dtype) {
-  return dtype == DataType::kFloat16 ? std::exp2(-14) : std::numeric_limits<float>::min();
-}
-
-// |actual - expected| / scale; where the scale is 0 the two must be equal.
-double normalised_error(double actual, double expected, double scale, double floor) {
-  if (!std::isfinite(actual)) return kInfinity;
-  if (scale == 0.0) return actual == expected ? 0.0 : kInfinity;
-  return std::abs(actual - expected) / std::max(scale, floor);
-}
-
 // How large a case's scores become, in those of a usual case.
 double score_size(const Case& c) {
   constexpr double kUsualScore = 16.0;  // about the largest |sum_d q_d k_d| D^-1/2, signs aside
@@ -43,12 +31,13 @@ double score_size(const Case& c) {
   return c.q_gain * scale_gain + alibi / kUsualScore;
 }
 
-double lse_error(double actual, double expected) {
-  if (std::isnan(actual)) return kInfinity;
-  if (std::isinf(expected) || std::isinf(actual)) return actual == expected ? 0.0 : kInfinity;
-  return std::abs(actual - expected) / std::max(1.0, std::abs(expected));
+// A bound that was calibrated on scores of the usual size.
+double bound(const Case& c, DataType dtype, double usual) {
+  if (dtype != DataType::kFloat32) return kHalfBound * testing::unit_roundoff(dtype);
+  return usual * std::max(1.0, score_size(c));
 }
 
+// The fp64 tensor in which the oracle puts `values`, one for each element of `like`.
 fa_tensor fp64_result(std::vector<double>& values, const HostTensor& like) {
   values.assign(static_cast<size_t>(like.num_elements()), 0.0);
   fa_tensor tensor{};
@@ -60,6 +49,19 @@ fa_tensor fp64_result(std::vector<double>& values, const HostTensor& like) {
   tensor.dtype_lanes = 1;
   tensor.shape = like.shape().data();
   return tensor;
+}
+
+void poison(const std::vector<HostTensor*>& tensors) {
+  for (HostTensor* tensor : tensors) {
+    if (tensor->present()) tensor->poison();
+  }
+}
+
+Outcome failed(fa_status status) {
+  Outcome outcome;
+  outcome.status = status;
+  outcome.message = fa_last_error_message();
+  return outcome;
 }
 
 // Writes " field=value" where a field is not what a default Case has.
@@ -116,21 +118,25 @@ void describe_options(const Case& c, Describer& d) {
 
 }  // namespace
 
-double out_bound(const Case& c, DataType dtype) {
-  if (dtype != DataType::kFloat32) return 2.0 * testing::unit_roundoff(dtype);
-  return kFloat32OutBound * std::max(1.0, score_size(c));
+double out_bound(const Case& c, DataType dtype) { return bound(c, dtype, kFloat32OutBound); }
+
+double gradient_bound(const Case& c, DataType dtype) {
+  return bound(c, dtype, kFloat32GradientBound);
 }
 
-std::string Outcome::fault(const Case& c, DataType dtype) const {
+double Outcome::worst() const {
+  double worst = 0.0;
+  for (const Error& error : errors) worst = std::max(worst, error.normalised / error.bound);
+  return worst;
+}
+
+std::string Outcome::fault() const {
   std::ostringstream text;
   if (status != FA_OK) text << "failed: " << message << "; ";
-  const auto check = [&](const char* what, double error, double bound) {
-    if (error <= bound) return;  // no NaN is
-    text << what << " is off by " << error << ", bound " << bound << "; ";
-  };
-  check("out", out_error, out_bound(c, dtype));
-  check("lse", lse_error, kLseBound);
-  check("s_dmask", s_dmask_error, out_bound(c, dtype));
+  for (const Error& error : errors) {
+    if (error.normalised <= error.bound) continue;  // no NaN is
+    text << error.what << " is off by " << error.normalised << ", bound " << error.bound << "; ";
+  }
   if (!outputs_contained) text << "memory around an output was written; ";
   if (!inputs_untouched) text << "an input was written; ";
   std::string result = text.str();
@@ -169,70 +175,136 @@ void PreparedCase::set_args() {
   args_.dropout_p = case_.dropout_p;
   args_.dropout_seed = kDropoutSeed + case_.seed;
   args_.dropout_offset = kDropoutOffset;
+  fa_attention_gradients_init(&gradients_);
+  gradients_.dout = t.dout.c_tensor();
+  gradients_.dq = t.dq.c_tensor();
+  gradients_.dk = t.dk.c_tensor();
+  gradients_.dv = t.dv.c_tensor();
+  gradients_.d_attn_bias = t.d_attn_bias.c_tensor();
+  gradients_.d_learnable_sink = t.d_learnable_sink.c_tensor();
 }
 
-void PreparedCase::prepare_oracle() {
-  if (has_oracle_) return;
-  has_oracle_ = true;
-  for (HostTensor* input : tensors_.inputs()) {
+void PreparedCase::remember_inputs() {
+  if (!input_hashes_.empty()) return;
+  for (const HostTensor* input : tensors_.inputs()) {
     input_hashes_.push_back(input->present() ? input->hash() : 0);
   }
-  const fa_tensor out = fp64_result(out_, tensors_.out);
-  const fa_tensor lse = fp64_result(lse_, tensors_.lse);
-  const fa_tensor bound = fp64_result(bound_, tensors_.out);
-  oracle_.status = fa_forward_oracle(&args_, &out, &lse, &bound);
-  if (oracle_.status != FA_OK) {
-    oracle_.message = std::string{"the oracle: "} + fa_last_error_message();
-    oracle_.status = FA_INTERNAL;  // never a mere refusal
+}
+
+bool PreparedCase::inputs_untouched() const {
+  const std::vector<const HostTensor*> inputs = tensors_.inputs();
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (inputs[i]->present() && inputs[i]->hash() != input_hashes_[i]) return false;
   }
+  return true;
+}
+
+const PreparedCase::Oracle& PreparedCase::forward_oracle() {
+  if (forward_.computed) return forward_;
+  forward_.computed = true;
+  CaseTensors& t = tensors_;
+  forward_.results = {{"out", &t.out, out_bound(case_, dtype_), {}, {}},
+                      {"lse", &t.lse, kLseBound, {}, {}}};
+  Expected &out = forward_.results[0], &lse = forward_.results[1];
+  const fa_tensor out_values = fp64_result(out.values, t.out);
+  const fa_tensor lse_values = fp64_result(lse.values, t.lse);
+  const fa_tensor out_measures = fp64_result(out.measures, t.out);
+  if (fa_forward_oracle(&args_, &out_values, &lse_values, &out_measures) != FA_OK) {
+    forward_.failure = fa_last_error_message();
+  }
+  for (double value : lse.values) lse.measures.push_back(std::max(1.0, std::abs(value)));
+  return forward_;
+}
+
+const PreparedCase::Oracle& PreparedCase::backward_oracle() {
+  if (backward_.computed) return backward_;
+  backward_.computed = true;
+  constexpr struct {
+    const char* what;
+    const fa_tensor* fa_attention_gradients::*field;
+  } kGradients[] = {{"dq", &fa_attention_gradients::dq},
+                    {"dk", &fa_attention_gradients::dk},
+                    {"dv", &fa_attention_gradients::dv},
+                    {"d_attn_bias", &fa_attention_gradients::d_attn_bias},
+                    {"d_learnable_sink", &fa_attention_gradients::d_learnable_sink}};
+  constexpr size_t kCount = std::size(kGradients);
+  const std::vector<HostTensor*> tensors = tensors_.gradients();
+  fa_attention_gradients values = gradients_, measures = gradients_;
+  fa_tensor c_values[kCount], c_measures[kCount];
+  backward_.results.reserve(kCount);
+  for (size_t i = 0; i < kCount; ++i) {
+    const auto& [what, field] = kGradients[i];
+    if (!tensors[i]->present()) continue;
+    Expected& expected = backward_.results.emplace_back(
+        Expected{what, tensors[i], gradient_bound(case_, dtype_), {}, {}});
+    c_values[i] = fp64_result(expected.values, *tensors[i]);
+    c_measures[i] = fp64_result(expected.measures, *tensors[i]);
+    values.*field = &c_values[i];
+    measures.*field = &c_measures[i];
+  }
+  if (fa_backward_oracle(&args_, &values, &measures) != FA_OK) {
+    backward_.failure = fa_last_error_message();
+  }
+  return backward_;
 }
 
 Outcome PreparedCase::run(const char* backend) {
-  prepare_oracle();
-  if (oracle_.status != FA_OK) return oracle_;
+  remember_inputs();
   const std::vector<double> s_dmask = reference_s_dmask();
-  for (HostTensor* output : tensors_.outputs()) {
-    if (output->present()) output->poison();
-  }
-  args_.backend = backend;
+  poison(tensors_.outputs());
+  fa_attention_args call = args_;
+  call.backend = backend;
+  if (const fa_status status = fa_forward(&call); status != FA_OK) return failed(status);
   Outcome outcome;
-  outcome.status = fa_forward(&args_);
-  if (outcome.status != FA_OK) {
-    outcome.message = fa_last_error_message();
-  } else {
-    outcome.implementation = chosen_implementation(args_);
-    compare(outcome);
-    outcome.s_dmask_error = s_dmask_error(s_dmask);
+  outcome.implementation = chosen_implementation(call);
+  compare(forward_oracle(), outcome);
+  if (tensors_.s_dmask.present()) {
+    outcome.errors.push_back({"s_dmask", s_dmask_error(s_dmask), out_bound(case_, dtype_)});
   }
-  args_.backend = nullptr;
-  check_memory(outcome);
+  outcome.outputs_contained = only_elements_written(tensors_.outputs());
+  outcome.inputs_untouched = inputs_untouched();
   return outcome;
 }
 
-void PreparedCase::compare(Outcome& outcome) {
-  const HostTensor& out = tensors_.out;
-  const double floor = smallest_normal(dtype_);
-  for (int64_t index = 0; index < out.num_elements(); ++index) {
-    const auto at = static_cast<size_t>(index);
-    outcome.out_error = std::max(outcome.out_error, normalised_error(out.get(out.offset_of(index)),
-                                                                     out_[at], bound_[at], floor));
+Outcome PreparedCase::run_backward(const char* backend) {
+  remember_inputs();
+  poison(tensors_.outputs());
+  poison(tensors_.gradients());
+  fa_attention_args call = args_;
+  call.backend = backend;
+  call.s_dmask = nullptr;
+  if (const fa_status status = fa_forward(&call); status != FA_OK) return failed(status);
+  const uint64_t out = tensors_.out.hash(), lse = tensors_.lse.hash();
+  if (const fa_status status = fa_backward(&call, &gradients_); status != FA_OK) {
+    return failed(status);
   }
-  const HostTensor& lse = tensors_.lse;
-  for (int64_t index = 0; index < lse.num_elements(); ++index) {
-    outcome.lse_error =
-        std::max(outcome.lse_error, lse_error(lse.get(index), lse_[static_cast<size_t>(index)]));
-  }
+  Outcome outcome;
+  outcome.implementation = chosen_implementation(call, &gradients_);
+  compare(backward_oracle(), outcome);
+  outcome.outputs_contained = only_elements_written(tensors_.gradients());
+  outcome.inputs_untouched =
+      inputs_untouched() && tensors_.out.hash() == out && tensors_.lse.hash() == lse;
+  return outcome;
 }
 
-void PreparedCase::check_memory(Outcome& outcome) {
-  for (HostTensor* output : tensors_.outputs()) {
-    if (output->present() && !output->only_elements_written()) outcome.outputs_contained = false;
+void PreparedCase::compare(const Oracle& oracle, Outcome& outcome) const {
+  if (!oracle.failure.empty()) {
+    outcome.status = FA_INTERNAL;  // never a mere refusal
+    outcome.message = "the oracle: " + oracle.failure;
+    return;
   }
-  const std::vector<HostTensor*> inputs = tensors_.inputs();
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    if (inputs[i]->present() && inputs[i]->hash() != input_hashes_[i]) {
-      outcome.inputs_untouched = false;
-    }
+  for (const Expected& expected : oracle.results) {
+    const HostTensor& tensor = *expected.tensor;
+    double worst = 0.0;
+    tensor.for_each_row([&](int64_t index, int64_t offset) {
+      for (int64_t d = 0; d < tensor.row_size(); ++d) {
+        const auto at = static_cast<size_t>(index + d);
+        worst =
+            std::max(worst, testing::normalised_error(tensor.get(offset + d), expected.values[at],
+                                                      expected.measures[at], dtype_));
+      }
+    });
+    outcome.errors.push_back({expected.what, worst, expected.bound});
   }
 }
 
@@ -240,9 +312,10 @@ void PreparedCase::check_memory(Outcome& outcome) {
 std::vector<double> PreparedCase::reference_s_dmask() {
   HostTensor& s_dmask = tensors_.s_dmask;
   if (!s_dmask.present()) return {};
-  args_.backend = "reference";
+  fa_attention_args call = args_;
+  call.backend = "reference";
   std::vector<double> values;
-  if (fa_forward(&args_) == FA_OK) {
+  if (fa_forward(&call) == FA_OK) {
     for (int64_t index = 0; index < s_dmask.num_elements(); ++index) {
       values.push_back(s_dmask.get(index));
     }
@@ -296,11 +369,16 @@ std::string describe(const Case& c) {
   return label(c) + ":" + d.text();
 }
 
-std::string chosen_implementation(const fa_attention_args& args) {
+std::string chosen_implementation(const fa_attention_args& args,
+                                  const fa_attention_gradients* gradients) {
+  const auto explain = [&](char* text, size_t capacity, size_t* needed) {
+    return gradients == nullptr ? fa_explain(&args, text, capacity, needed)
+                                : fa_explain_backward(&args, gradients, text, capacity, needed);
+  };
   size_t needed = 0;
-  if (fa_explain(&args, nullptr, 0, &needed) != FA_OK) return {};
+  if (explain(nullptr, 0, &needed) != FA_OK) return {};
   std::string text(needed, '\0');
-  if (fa_explain(&args, text.data(), text.size(), &needed) != FA_OK) return {};
+  if (explain(text.data(), text.size(), &needed) != FA_OK) return {};
   std::istringstream lines(text);
   for (std::string line; std::getline(lines, line);) {
     std::istringstream words(line);

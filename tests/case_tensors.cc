@@ -103,12 +103,12 @@ class Filler {
   Filler(const Case& c, const CaseTensors& tensors, uint64_t seed)
       : case_(c), tensors_(tensors), random_(seed) {}
 
-  void queries(HostTensor& q) {
+  void queries(HostTensor& q_or_dout, double gain) {
     for (int64_t b = 0, row = 0; b < case_.sequences(); ++b) {
       for (int64_t i = 0; i < queries_of(case_, b); ++i, ++row) {
-        const int64_t token =
-            case_.varlen() ? row * q.stride(0) : b * q.stride(0) + i * q.stride(1);
-        fill_token(q, token, case_.q_gain);
+        const int64_t first = q_or_dout.stride(0);
+        const int64_t token = case_.varlen() ? row * first : b * first + i * q_or_dout.stride(1);
+        fill_token(q_or_dout, token, gain);
       }
     }
   }
@@ -170,6 +170,20 @@ HostTensor make_block_table(const Case& c, Random& random, int64_t& num_pages) {
   return int32_tensor({c.sequences(), max_blocks}, table);
 }
 
+// Three tensors of one shape side by side in memory, as if they were heads of one.
+void make_packed(const std::vector<int64_t>& shape, DataType dtype, HostTensor& q, HostTensor& k,
+                 HostTensor& v) {
+  const size_t rank = shape.size();
+  std::vector<int64_t> whole = shape;
+  whole[rank - 2] *= 3;
+  const HostTensor packed = HostTensor::compact(dtype, whole);
+  const std::vector<int64_t> strides = strides_for(shape, Storage::kPackedQkv);
+  const int64_t slice = shape[rank - 2] * shape[rank - 1];
+  q = HostTensor(packed, shape, strides, 0);
+  k = HostTensor(packed, shape, strides, slice);
+  v = HostTensor(packed, shape, strides, 2 * slice);
+}
+
 void make_qkv_out(CaseTensors& t, const Case& c, DataType dtype) {
   const Storage storage = c.storage;
   int64_t num_pages = 0;
@@ -185,14 +199,7 @@ void make_qkv_out(CaseTensors& t, const Case& c, DataType dtype) {
   const auto q_shape = shape(c.varlen() ? sum(c.lengths_q) + kUnusedRows : c.seqlen_q, c.num_heads,
                              c.head_dim, false);
   if (storage == Storage::kPackedQkv) {
-    std::vector<int64_t> whole = q_shape;  // the three slices side by side, as heads
-    whole[whole.size() - 2] *= 3;
-    const HostTensor packed = HostTensor::compact(dtype, whole);
-    const auto strides = strides_for(q_shape, storage);
-    const int64_t slice = c.num_heads * c.head_dim;
-    t.q = HostTensor(packed, q_shape, strides, 0);
-    t.k = HostTensor(packed, q_shape, strides, slice);
-    t.v = HostTensor(packed, q_shape, strides, 2 * slice);
+    make_packed(q_shape, dtype, t.q, t.k, t.v);
     t.out = HostTensor::compact(dtype, q_shape);
     return;
   }
@@ -283,6 +290,21 @@ HostTensor make_sink(const Case& c, DataType own, Random& random) {
   return sink;
 }
 
+void make_gradients(CaseTensors& t, const Case& c, DataType dtype) {
+  t.dout = HostTensor::like(t.out);
+  if (c.storage == Storage::kPackedQkv) {
+    make_packed(t.q.shape(), dtype, t.dq, t.dk, t.dv);
+  } else {
+    t.dq = HostTensor::like(t.q);
+    t.dk = HostTensor::like(t.k);
+    t.dv = HostTensor::like(t.v);
+  }
+  if (t.attn_bias.present() && c.bias_type != BiasType::kBoolean) {
+    t.d_attn_bias = HostTensor::compact(t.attn_bias.dtype(), t.attn_bias.shape());
+  }
+  if (t.learnable_sink.present()) t.d_learnable_sink = HostTensor::like(t.learnable_sink);
+}
+
 uint64_t seed_of(const Case& c) {
   uint64_t seed = c.seed + 1;
   for (char letter : std::string_view{c.name}) {
@@ -314,6 +336,10 @@ HostTensor HostTensor::compact(DataType dtype, std::vector<int64_t> shape) {
   return HostTensor(dtype, std::move(shape), std::move(strides));
 }
 
+HostTensor HostTensor::like(const HostTensor& other) {
+  return HostTensor(other.dtype_, other.shape_, other.strides_);
+}
+
 int64_t HostTensor::num_elements() const { return product(shape_); }
 
 int64_t HostTensor::offset_of(int64_t index) const {
@@ -338,19 +364,27 @@ double HostTensor::get(int64_t offset) const { return testing::load(view(), offs
 
 void HostTensor::poison() { std::fill(memory_->begin(), memory_->end(), kPoison); }
 
-bool HostTensor::only_elements_written() {
-  const int64_t count = num_elements(), bytes = core::byte_size(dtype_);
-  for (int64_t index = 0; index < count; ++index) {
-    std::memset(first() + offset_of(index) * bytes, static_cast<int>(kPoison),
-                static_cast<size_t>(bytes));
-  }
+void HostTensor::poison_elements() {
+  const int64_t bytes = core::byte_size(dtype_);
+  for_each_row([&](int64_t, int64_t offset) {
+    std::memset(first() + offset * bytes, static_cast<int>(kPoison),
+                static_cast<size_t>(row_size() * bytes));
+  });
+}
+
+bool HostTensor::poisoned() const {
   return std::all_of(memory_->begin(), memory_->end(),
                      [](std::byte byte) { return byte == kPoison; });
 }
 
 uint64_t HostTensor::hash() const {
-  uint64_t hash = 0xCBF29CE484222325;  // FNV-1a
-  for (std::byte byte : *memory_) hash = (hash ^ static_cast<uint64_t>(byte)) * 0x100000001B3;
+  uint64_t hash = 0xCBF29CE484222325;  // FNV-1a, by words for speed
+  for (size_t at = 0; at < memory_->size(); at += sizeof(uint64_t)) {
+    uint64_t word = 0;
+    std::memcpy(&word, memory_->data() + at, std::min(sizeof(word), memory_->size() - at));
+    hash = (hash ^ word) * 0x100000001B3;
+    hash ^= hash >> 32;  // or the high bits would never reach the low ones
+  }
   return hash;
 }
 
@@ -387,6 +421,15 @@ const fa_tensor* HostTensor::c_tensor() {
   return &c_;
 }
 
+bool only_elements_written(const std::vector<HostTensor*>& tensors) {
+  for (HostTensor* tensor : tensors) {
+    if (tensor->present()) tensor->poison_elements();
+  }
+  return std::all_of(tensors.begin(), tensors.end(), [](const HostTensor* tensor) {
+    return !tensor->present() || tensor->poisoned();
+  });
+}
+
 double alibi_slope(const Case& c, int64_t batch, int64_t head) {
   const double usual =
       std::exp2(-8.0 * static_cast<double>(head + 1) / static_cast<double>(c.num_heads));
@@ -398,7 +441,7 @@ CaseTensors::CaseTensors(const Case& c, DataType dtype) {
   make_qkv_out(*this, c, dtype);
   make_varlen(*this, c);
   Filler filler(c, *this, random.next());
-  filler.queries(q);
+  filler.queries(q, c.q_gain);
   filler.keys(k);
   filler.keys(v);
   alibi_slopes = make_alibi(c);
@@ -407,13 +450,15 @@ CaseTensors::CaseTensors(const Case& c, DataType dtype) {
   lse = HostTensor::compact(DataType::kFloat32,
                             c.varlen() ? std::vector<int64_t>{c.num_heads, q.shape()[0]}
                                        : std::vector<int64_t>{c.batch, c.num_heads, c.seqlen_q});
+  make_gradients(*this, c, dtype);
+  Filler(c, *this, random.next()).queries(dout, 1.0);
   if (!c.s_dmask) return;
   const auto round_up = [](int64_t length) { return (length + 127) / 128 * 128; };
   s_dmask = HostTensor::compact(
       dtype, {c.sequences(), c.num_heads, round_up(c.max_q()), round_up(c.max_k())});
 }
 
-std::vector<HostTensor*> CaseTensors::inputs() {
+std::vector<const HostTensor*> CaseTensors::inputs() const {
   return {&q,
           &k,
           &v,
@@ -423,9 +468,14 @@ std::vector<HostTensor*> CaseTensors::inputs() {
           &block_table,
           &alibi_slopes,
           &attn_bias,
-          &learnable_sink};
+          &learnable_sink,
+          &dout};
 }
 
 std::vector<HostTensor*> CaseTensors::outputs() { return {&out, &lse, &s_dmask}; }
+
+std::vector<HostTensor*> CaseTensors::gradients() {
+  return {&dq, &dk, &dv, &d_attn_bias, &d_learnable_sink};
+}
 
 }  // namespace fa::cases

@@ -1,8 +1,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -26,12 +28,20 @@ struct Request {
   int64_t random = 0;
 };
 
+// One direction of a call.
+struct Pass {
+  const char* name;
+  cases::Outcome (cases::PreparedCase::*run)(const char* backend);
+};
+
+constexpr Pass kPasses[] = {{"forward", &cases::PreparedCase::run},
+                            {"backward", &cases::PreparedCase::run_backward}};
+
 // What one implementation came to, over all cases.
 struct Tally {
-  struct PerDType {
-    int64_t passed = 0;
-    int64_t refused = 0;
-    double worst = 0.0;  // of error / bound, over out and lse
+  struct Column {  // of one pass and dtype
+    int64_t runs = 0;
+    double worst = 0.0;  // error over its bound
   };
   struct Failure {
     std::string what;
@@ -39,28 +49,24 @@ struct Tally {
   };
 
   std::string implementation;
-  std::vector<PerDType> dtypes = std::vector<PerDType>(std::size(cases::kDTypes));
+  std::array<std::array<Column, std::size(cases::kDTypes)>, std::size(kPasses)> passes;
   std::vector<Failure> failures;
 
-  void add(const cases::Outcome& outcome, const cases::PreparedCase& prepared, size_t dtype) {
-    const Case& c = prepared.test_case();
-    PerDType& it = dtypes[dtype];
-    if (outcome.refused()) {
-      ++it.refused;
-      return;
-    }
-    it.worst = std::max({it.worst, outcome.out_error / cases::out_bound(c, prepared.dtype()),
-                         outcome.lse_error / cases::kLseBound});
-    std::string fault = outcome.fault(c, prepared.dtype());
+  void run(cases::PreparedCase& prepared, size_t pass, size_t dtype) {
+    const auto run_pass = kPasses[pass].run;
+    const cases::Outcome outcome = (prepared.*run_pass)(implementation.c_str());
+    if (outcome.refused()) return;
+    Column& column = passes[pass][dtype];
+    ++column.runs;
+    column.worst = std::max(column.worst, outcome.worst());
+    std::string fault = outcome.fault();
     if (fault.empty() && outcome.implementation != implementation) {
       fault = "'" + outcome.implementation + "' ran instead";
     }
-    if (fault.empty()) {
-      ++it.passed;
-    } else {
-      failures.push_back(
-          {std::string{core::name(prepared.dtype())} + ", " + cases::describe(c), fault});
-    }
+    if (fault.empty()) return;
+    failures.push_back({std::string{kPasses[pass].name} + ", " + core::name(prepared.dtype()) +
+                            ", " + cases::describe(prepared.test_case()),
+                        fault});
   }
 };
 
@@ -113,46 +119,58 @@ std::vector<Tally> run_all(const std::vector<Case>& chosen,
     for (size_t dtype = 0; dtype < std::size(cases::kDTypes); ++dtype) {
       progress.step(cases::label(c));
       cases::PreparedCase prepared(c, cases::kDTypes[dtype]);
-      for (Tally& tally : tallies) {
-        tally.add(prepared.run(tally.implementation.c_str()), prepared, dtype);
+      for (size_t pass = 0; pass < std::size(kPasses); ++pass) {
+        for (Tally& tally : tallies) tally.run(prepared, pass, dtype);
       }
     }
   }
   return tallies;
 }
 
-std::string cell(const Tally::PerDType& it, int64_t failed) {
-  if (it.passed + failed == 0) return "refuses";
+std::string cell(const Tally::Column& column) {
+  if (column.runs == 0) return "refuses";
   char text[32];
-  std::snprintf(text, sizeof(text), it.worst < 10.0 ? "%.3f" : "%.1e", it.worst);
+  std::snprintf(text, sizeof(text), column.worst < 10.0 ? "%.3f" : "%.1e", column.worst);
   return text;
 }
 
-void print_table(const std::vector<Tally>& tallies, size_t num_cases) {
-  std::printf("%-16s %7s  %9s %9s %9s\n", "implementation", "runs", "fp32", "fp16", "bf16");
-  for (const Tally& tally : tallies) {
+void print_row(const Tally& tally) {
+  std::printf("%-13s", tally.implementation.c_str());
+  for (const auto& columns : tally.passes) {
     int64_t runs = 0;
-    for (const Tally::PerDType& it : tally.dtypes) runs += it.passed;
-    const auto failed = static_cast<int64_t>(tally.failures.size());
-    std::printf("%-16s %7lld ", tally.implementation.c_str(),
-                static_cast<long long>(runs + failed));
-    for (const Tally::PerDType& it : tally.dtypes) std::printf(" %9s", cell(it, failed).c_str());
-    if (failed == 0) {
-      std::printf("  pass\n");
-    } else {
-      std::printf("  FAIL (%lld)\n", static_cast<long long>(failed));
-    }
+    for (const Tally::Column& column : columns) runs += column.runs;
+    std::printf("%6lld", static_cast<long long>(runs));
+    for (const Tally::Column& column : columns) std::printf("%8s", cell(column).c_str());
   }
-  std::printf(
-      "\n%zu cases in 3 dtypes. Numbers are the worst error over its bound: 1 is the limit."
-      "\n",
-      num_cases);
+  if (tally.failures.empty()) {
+    std::printf("  pass\n");
+  } else {
+    std::printf("  FAIL (%zu)\n", tally.failures.size());
+  }
+}
+
+void print_bounds(const char* of, double (*bound)(const Case&, DataType), const char* measure) {
   const Case usual;
   std::printf(
-      "Bounds: out %.2g fp32 (more for larger scores), %.2g fp16, %.2g bf16, all of\n"
-      "sum_j P_ij |v_jd|; lse %.2g.\n",
-      cases::out_bound(usual, DataType::kFloat32), cases::out_bound(usual, DataType::kFloat16),
-      cases::out_bound(usual, DataType::kBFloat16), cases::kLseBound);
+      "  %-10s fp32 %.2g, more for larger scores; fp16 %.2g; bf16 %.2g\n             of %s\n", of,
+      bound(usual, DataType::kFloat32), bound(usual, DataType::kFloat16),
+      bound(usual, DataType::kBFloat16), measure);
+}
+
+void print_table(const std::vector<Tally>& tallies, size_t num_cases) {
+  std::printf("%-13s  %-28s  %s\n%-13s", "", kPasses[0].name, kPasses[1].name, "implementation");
+  for (size_t i = 0; i < std::size(kPasses); ++i) {
+    std::printf("%*s%8s%8s%8s", i == 0 ? 5 : 6, "runs", "fp32", "fp16", "bf16");
+  }
+  std::printf("\n");
+  for (const Tally& tally : tallies) print_row(tally);
+  std::printf(
+      "\n%zu cases in 3 dtypes; paged ones have no backward. Numbers are the worst error\n"
+      "over its bound, 1 is the limit. Bounds:\n",
+      num_cases);
+  print_bounds("out", cases::out_bound, "sum_j P_ij |v_jd|");
+  print_bounds("gradients", cases::gradient_bound, "their formulas with absolute values");
+  std::printf("  %-10s %.2g of max(1, |lse|)\n", "lse", cases::kLseBound);
 }
 
 void print_failures(const std::vector<Tally>& tallies) {
@@ -173,8 +191,9 @@ void print_failures(const std::vector<Tally>& tallies) {
 CommandLine command_line(Request& request) {
   CommandLine command(
       "check",
-      "Runs every implementation that this machine has over the table of cases, in\n"
-      "fp32, fp16 and bf16, and holds the results against the fp64 oracle.\n"
+      "Runs every implementation that this machine has over the table of cases, forward\n"
+      "and backward, in fp32, fp16 and bf16, and holds the results against the fp64\n"
+      "oracle.\n"
       "Exits with 1 where one is out of bounds.");
   command.option("--backend", "NAME", &request.backend, "one ('cpu:avx2') or one family ('cpu')");
   command.option("--filter", "TEXT", &request.filter, "only cases whose name contains it");

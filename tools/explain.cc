@@ -31,6 +31,8 @@ struct Request {
   std::string attn_bias = "none";
   bool sink = false;
   bool lse = false;
+  bool backward = false;
+  bool deterministic = false;
   bool varlen = false;
   int64_t page_size = 0;
   std::string backend;
@@ -39,8 +41,8 @@ struct Request {
 CommandLine command_line(Request& r) {
   CommandLine command(
       "explain",
-      "Tells which implementation would run a forward call, and why each other one\n"
-      "would not. Nothing is computed.");
+      "Tells which implementation would run a call, forward or with --backward its\n"
+      "gradients, and why each other one would not. Nothing is computed.");
   command.option("--batch", "B", &r.batch, "sequences; default 1");
   command.option("--seqlen-q", "N", &r.seqlen_q, "queries of a sequence; default 1024");
   command.option("--seqlen-k", "N", &r.seqlen_k, "keys of a sequence; default as --seqlen-q");
@@ -59,6 +61,8 @@ CommandLine command_line(Request& r) {
   command.choice("--attn-bias", {"none", "additive", "bool"}, &r.attn_bias, "with attn_bias");
   command.flag("--sink", &r.sink, "with learnable_sink");
   command.flag("--lse", &r.lse, "lse is wanted too");
+  command.flag("--backward", &r.backward, "the gradients, of attn_bias and the sink too");
+  command.flag("--deterministic", &r.deterministic, "and bitwise equal from run to run");
   command.flag("--varlen", &r.varlen, "sequences behind each other, with cu_seqlens");
   command.option("--page-size", "N", &r.page_size, "k and v in pages, with block_table");
   command.option("--backend", "NAME", &r.backend, "force one, as FLASH_ATTENTION_BACKEND does");
@@ -70,6 +74,7 @@ void set_defaults(Request& r) {
   if (r.num_heads_kv == -1) r.num_heads_kv = r.num_heads;
   if (r.head_dim_v == -1) r.head_dim_v = r.head_dim;
   if (r.page_size > 0) r.varlen = true;
+  if (r.backward) r.lse = true;
 }
 
 // What the flags cannot mean, whatever the library says of the call.
@@ -79,6 +84,7 @@ std::string mistake(const Request& r) {
   };
   if (r.batch < 0 || r.seqlen_q < 0 || r.seqlen_k < 0) return "lengths must not be negative";
   if (r.page_size < 0) return "--page-size must be positive";
+  if (r.deterministic && !r.backward) return "--deterministic is of the --backward";
   if (r.varlen && (!fits(r.seqlen_q) || !fits(r.seqlen_k))) {
     return "cu_seqlens are int32: with --varlen, batch times length must be below 2^31";
   }
@@ -113,6 +119,15 @@ class PhantomCall {
   PhantomCall& operator=(const PhantomCall&) = delete;
 
   const ForwardArgs& args() const { return args_; }
+
+  // Each of the shape of what it belongs to.
+  Gradients gradients(const Request& r) const {
+    Gradients all{.dout = args_.out, .dq = args_.q, .dk = args_.k, .dv = args_.v};
+    if (r.attn_bias == "additive") all.d_attn_bias = args_.attn_bias;
+    all.d_learnable_sink = args_.learnable_sink;
+    all.deterministic = r.deterministic;
+    return all;
+  }
 
  private:
   Tensor phantom(DType dtype, std::initializer_list<int64_t> shape) {
@@ -160,7 +175,8 @@ class PhantomCall {
 };
 
 void print_request(const Request& r) {
-  std::printf("Forward, %s, %s: batch %lld, %lld queries, %lld keys, %lld heads", r.dtype.c_str(),
+  std::printf("%s, %s, %s: batch %lld, %lld queries, %lld keys, %lld heads",
+              r.backward ? "Backward" : "Forward", r.dtype.c_str(),
               r.page_size > 0 ? "paged"
               : r.varlen      ? "varlen"
                               : "dense",
@@ -184,9 +200,9 @@ int run_explain(int argc, char** argv) {
   if (const std::string message = mistake(request); !message.empty()) return command.fail(message);
   const PhantomCall call(request);
   std::string text;
-  if (const Status status = explain(call.args(), &text); !status.ok()) {
-    return command.fail(status.message());
-  }
+  const Status status = request.backward ? explain(call.args(), call.gradients(request), &text)
+                                         : explain(call.args(), &text);
+  if (!status.ok()) return command.fail(status.message());
   print_request(request);
   std::printf("%s", text.c_str());
   if (text.find(" chosen ") != std::string::npos) return kSuccess;

@@ -301,6 +301,18 @@ struct ForwardArgs {
   void* stream = nullptr;  // a CUDA stream; ignored on the CPU
 };
 
+// What goes with the ForwardArgs of a backward call. Each tensor has the shape and the dtype of
+// what it is the gradient of; those that are written must not overlap anything else.
+struct Gradients {
+  Tensor dout{};  // of out; read
+  Tensor dq{};    // of q, k and v; written
+  Tensor dk{};
+  Tensor dv{};
+  Tensor d_attn_bias{};  // wanted: of attn_bias, summed where it was broadcast; not of a bool one
+  Tensor d_learnable_sink{};   // wanted: of learnable_sink
+  bool deterministic = false;  // bitwise equal from run to run; the CPU always is
+};
+
 namespace detail {
 
 inline Status make_status(fa_status code) {
@@ -308,52 +320,16 @@ inline Status make_status(fa_status code) {
   return {static_cast<StatusCode>(code), fa_last_error_message()};
 }
 
-// The C structs of one call. They point into the ForwardArgs and into this object.
-class CArgs {
- public:
-  explicit CArgs(const ForwardArgs& args) {
-    fa_attention_args_init(&c_);
-    set_tensors(args);
-    c_.max_seqlen_q = args.max_seqlen_q;
-    c_.max_seqlen_k = args.max_seqlen_k;
-    c_.softmax_scale = args.softmax_scale ? &*args.softmax_scale : nullptr;
-    c_.causal = args.causal ? 1 : 0;
-    c_.window_size_left = args.window_size_left;
-    c_.window_size_right = args.window_size_right;
-    c_.softcap = args.softcap;
-    c_.dropout_p = args.dropout_p;
-    c_.dropout_seed = args.dropout_seed;
-    c_.dropout_offset = args.dropout_offset;
-    c_.backend = args.backend;
-    c_.stream = args.stream;
-  }
-  CArgs(const CArgs&) = delete;
-  CArgs& operator=(const CArgs&) = delete;
+enum class Use { kInput, kOutput };
 
-  // The first tensor that is none: its name and why; name null if all are sound.
+// The C tensors of a call. They point into the Tensors and into this object.
+template <std::size_t kMaxCount>
+class CTensors {
+ public:
+  // The first tensor that is none: its name and why.
   Status check() const {
     if (bad_name_ == nullptr) return {};
     return {StatusCode::kInvalidArgument, std::string{bad_name_} + ": " + bad_reason_};
-  }
-  const fa_attention_args* get() const { return &c_; }
-
- private:
-  enum class Use { kInput, kOutput };
-
-  void set_tensors(const ForwardArgs& args) {
-    c_.q = add(args.q, "q");
-    c_.k = add(args.k, "k");
-    c_.v = add(args.v, "v");
-    c_.out = add(args.out, "out", Use::kOutput);
-    c_.lse = add(args.lse, "lse", Use::kOutput);
-    c_.s_dmask = add(args.s_dmask, "s_dmask", Use::kOutput);
-    c_.cu_seqlens_q = add(args.cu_seqlens_q, "cu_seqlens_q");
-    c_.cu_seqlens_k = add(args.cu_seqlens_k, "cu_seqlens_k");
-    c_.seqused_k = add(args.seqused_k, "seqused_k");
-    c_.block_table = add(args.block_table, "block_table");
-    c_.alibi_slopes = add(args.alibi_slopes, "alibi_slopes");
-    c_.attn_bias = add(args.attn_bias, "attn_bias");
-    c_.learnable_sink = add(args.learnable_sink, "learnable_sink");
   }
 
   const fa_tensor* add(const Tensor& tensor, const char* name, Use use = Use::kInput) {
@@ -370,12 +346,115 @@ class CArgs {
     return &tensors_[count_++];
   }
 
-  std::array<fa_tensor, 13> tensors_;
+ private:
+  std::array<fa_tensor, kMaxCount> tensors_;
   std::size_t count_ = 0;
-  fa_attention_args c_;
   const char* bad_name_ = nullptr;
   const char* bad_reason_ = nullptr;
 };
+
+// The C struct of the ForwardArgs, into which and this object it points. `results`: what out and
+// lse are in the call.
+class CArgs {
+ public:
+  explicit CArgs(const ForwardArgs& args, Use results = Use::kOutput) {
+    fa_attention_args_init(&c_);
+    set_tensors(args, results);
+    c_.max_seqlen_q = args.max_seqlen_q;
+    c_.max_seqlen_k = args.max_seqlen_k;
+    c_.softmax_scale = args.softmax_scale ? &*args.softmax_scale : nullptr;
+    c_.causal = args.causal ? 1 : 0;
+    c_.window_size_left = args.window_size_left;
+    c_.window_size_right = args.window_size_right;
+    c_.softcap = args.softcap;
+    c_.dropout_p = args.dropout_p;
+    c_.dropout_seed = args.dropout_seed;
+    c_.dropout_offset = args.dropout_offset;
+    c_.backend = args.backend;
+    c_.stream = args.stream;
+  }
+  CArgs(const CArgs&) = delete;
+  CArgs& operator=(const CArgs&) = delete;
+
+  Status check() const { return tensors_.check(); }
+  const fa_attention_args* get() const { return &c_; }
+
+ private:
+  void set_tensors(const ForwardArgs& args, Use results) {
+    c_.q = tensors_.add(args.q, "q");
+    c_.k = tensors_.add(args.k, "k");
+    c_.v = tensors_.add(args.v, "v");
+    c_.out = tensors_.add(args.out, "out", results);
+    c_.lse = tensors_.add(args.lse, "lse", results);
+    c_.s_dmask = tensors_.add(args.s_dmask, "s_dmask", Use::kOutput);
+    c_.cu_seqlens_q = tensors_.add(args.cu_seqlens_q, "cu_seqlens_q");
+    c_.cu_seqlens_k = tensors_.add(args.cu_seqlens_k, "cu_seqlens_k");
+    c_.seqused_k = tensors_.add(args.seqused_k, "seqused_k");
+    c_.block_table = tensors_.add(args.block_table, "block_table");
+    c_.alibi_slopes = tensors_.add(args.alibi_slopes, "alibi_slopes");
+    c_.attn_bias = tensors_.add(args.attn_bias, "attn_bias");
+    c_.learnable_sink = tensors_.add(args.learnable_sink, "learnable_sink");
+  }
+
+  CTensors<13> tensors_;
+  fa_attention_args c_;
+};
+
+class CGradients {
+ public:
+  explicit CGradients(const Gradients& gradients) {
+    fa_attention_gradients_init(&c_);
+    c_.dout = tensors_.add(gradients.dout, "dout");
+    c_.dq = tensors_.add(gradients.dq, "dq", Use::kOutput);
+    c_.dk = tensors_.add(gradients.dk, "dk", Use::kOutput);
+    c_.dv = tensors_.add(gradients.dv, "dv", Use::kOutput);
+    c_.d_attn_bias = tensors_.add(gradients.d_attn_bias, "d_attn_bias", Use::kOutput);
+    c_.d_learnable_sink =
+        tensors_.add(gradients.d_learnable_sink, "d_learnable_sink", Use::kOutput);
+    c_.deterministic = gradients.deterministic ? 1 : 0;
+  }
+  CGradients(const CGradients&) = delete;
+  CGradients& operator=(const CGradients&) = delete;
+
+  Status check() const { return tensors_.check(); }
+  const fa_attention_gradients* get() const { return &c_; }
+
+ private:
+  CTensors<6> tensors_;
+  fa_attention_gradients c_;
+};
+
+// Of a backward call, in which out and lse are inputs.
+class CBackward {
+ public:
+  CBackward(const ForwardArgs& args, const Gradients& gradients)
+      : args_(args, Use::kInput), gradients_(gradients) {}
+
+  Status check() const {
+    if (Status status = args_.check(); !status.ok()) return status;
+    return gradients_.check();
+  }
+  const fa_attention_args* args() const { return args_.get(); }
+  const fa_attention_gradients* gradients() const { return gradients_.get(); }
+
+ private:
+  CArgs args_;
+  CGradients gradients_;
+};
+
+// The text of fa_explain() or of its like, which `call` passes (text, capacity, &needed) to.
+template <class Call>
+Status explain(Call&& call, std::string* text) {
+  std::size_t needed = 0;
+  text->assign(1024, '\0');
+  fa_status code = call(text->data(), text->size(), &needed);
+  if (code == FA_OK && needed > text->size()) {
+    text->resize(needed);
+    code = call(text->data(), text->size(), &needed);
+  }
+  text->resize(needed > 0 ? needed - 1 : 0);
+  return make_status(code);
+}
 
 }  // namespace detail
 
@@ -394,24 +473,38 @@ inline Status forward(const ForwardArgs& args) {
 // ignored.
 inline Status forward_oracle(const ForwardArgs& args, const Tensor& out, const Tensor& lse = {},
                              const Tensor& bound = {}) {
-  const detail::CArgs c_args(args);
+  const detail::CArgs c_args(args, detail::Use::kInput);
   if (Status status = c_args.check(); !status.ok()) return status;
-  const Tensor* results[] = {&out, &lse, &bound};
-  fa_tensor c_results[3];
-  const fa_tensor* pointers[3] = {};
-  for (std::size_t i = 0; i < 3; ++i) {
-    if (!results[i]->present()) continue;
-    if (results[i]->defect() != nullptr || results[i]->read_only()) {
-      return {StatusCode::kInvalidArgument, std::string{i == 0   ? "out"
-                                                        : i == 1 ? "lse"
-                                                                 : "bound"} +
-                                                " cannot be written"};
-    }
-    c_results[i] = results[i]->c_tensor();
-    pointers[i] = &c_results[i];
-  }
-  return detail::make_status(
-      fa_forward_oracle(c_args.get(), pointers[0], pointers[1], pointers[2]));
+  detail::CTensors<3> results;
+  const fa_tensor* c_out = results.add(out, "out", detail::Use::kOutput);
+  const fa_tensor* c_lse = results.add(lse, "lse", detail::Use::kOutput);
+  const fa_tensor* c_bound = results.add(bound, "bound", detail::Use::kOutput);
+  if (Status status = results.check(); !status.ok()) return status;
+  return detail::make_status(fa_forward_oracle(c_args.get(), c_out, c_lse, c_bound));
+}
+
+// The gradients of sum(dout * out) by q, k, v, attn_bias and learnable_sink, after Dao,
+// "FlashAttention-2" (2023); flash_attn.h has the formulas. `args` is what forward() was called
+// with; out and lse, both required, are as it wrote them, and are only read. Memory grows linearly
+// with the sequence lengths.
+//
+//   Status status = fa::backward(args, {.dout = ..., .dq = ..., .dk = ..., .dv = ...});
+inline Status backward(const ForwardArgs& args, const Gradients& gradients) {
+  const detail::CBackward call(args, gradients);
+  if (Status status = call.check(); !status.ok()) return status;
+  return detail::make_status(fa_backward(call.args(), call.gradients()));
+}
+
+// The fp64 oracle of the backward, on the CPU, slowly. But for dout the gradients are fp64 tensors,
+// row-major; any may be absent. `bounds` alike: by them the errors of the gradients are normalised.
+// The outputs in `args` are ignored.
+inline Status backward_oracle(const ForwardArgs& args, const Gradients& gradients,
+                              const Gradients& bounds = {}) {
+  const detail::CBackward call(args, gradients);
+  if (Status status = call.check(); !status.ok()) return status;
+  const detail::CGradients c_bounds(bounds);
+  if (Status status = c_bounds.check(); !status.ok()) return status;
+  return detail::make_status(fa_backward_oracle(call.args(), call.gradients(), c_bounds.get()));
 }
 
 // Into *text a line per implementation: which one would run the call, and why each other one would
@@ -419,18 +512,25 @@ inline Status forward_oracle(const ForwardArgs& args, const Tensor& out, const T
 inline Status explain(const ForwardArgs& args, std::string* text) {
   const detail::CArgs c_args(args);
   if (Status status = c_args.check(); !status.ok()) return status;
-  std::size_t needed = 0;
-  text->assign(1024, '\0');
-  fa_status code = fa_explain(c_args.get(), text->data(), text->size(), &needed);
-  if (code == FA_OK && needed > text->size()) {
-    text->resize(needed);
-    code = fa_explain(c_args.get(), text->data(), text->size(), &needed);
-  }
-  text->resize(needed > 0 ? needed - 1 : 0);
-  return detail::make_status(code);
+  return detail::explain(
+      [&](char* to, std::size_t capacity, std::size_t* needed) {
+        return fa_explain(c_args.get(), to, capacity, needed);
+      },
+      text);
 }
 
-// The same; for a call that is not valid, the message that forward() would give.
+// The same of a call of backward().
+inline Status explain(const ForwardArgs& args, const Gradients& gradients, std::string* text) {
+  const detail::CBackward call(args, gradients);
+  if (Status status = call.check(); !status.ok()) return status;
+  return detail::explain(
+      [&](char* to, std::size_t capacity, std::size_t* needed) {
+        return fa_explain_backward(call.args(), call.gradients(), to, capacity, needed);
+      },
+      text);
+}
+
+// For a forward call, as text; for one that is not valid, the message that forward() would give.
 inline std::string explain(const ForwardArgs& args) {
   std::string text;
   const Status status = explain(args, &text);

@@ -80,6 +80,21 @@ typedef struct fa_attention_args {
   const fa_tensor* attn_bias; /* broadcastable to [B, H, Sq, Sk]; fp32 or q's dtype; bool: keep */
   const fa_tensor* learnable_sink; /* [H], fp32 or q's dtype */
 
+  /* Not NULL: q is dense, and k [batch_cache, seqlen_cache, Hk, D] and v are a KV cache, or pages
+   * with block_table; batch b attends to the cache_seqlens[b] tokens of its row and to those
+   * appended. int32 [B]. */
+  const fa_tensor* cache_seqlens;
+  const fa_tensor* cache_batch_idx; /* int32 [B]: the row of the cache of each batch; NULL: b */
+  const fa_tensor* cache_leftpad;   /* int32 [B]: tokens to skip at the start of a row; NULL: 0 */
+  const fa_tensor* k_new;           /* [B, Snew, Hk, D]: written to k behind the cached tokens */
+  const fa_tensor* v_new;           /* [B, Snew, Hk, Dv]: written to v */
+  /* [positions, rotary_dim / 2], fp32 or q's dtype: rotary embedding of k_new at positions
+   * cache_seqlens + t, and of q there too if causal or windowed, else all at cache_seqlens. */
+  const fa_tensor* rotary_cos;
+  const fa_tensor* rotary_sin;
+  int32_t rotary_interleaved; /* pairs (0, 1), (2, 3)...; 0: (d, d + rotary_dim / 2) */
+  int64_t num_splits;         /* of the keys; 0: chosen, 1: none */
+
   const double* softmax_scale; /* NULL: D^-1/2 */
   int32_t causal;
   int64_t window_size_left; /* -1: unbounded */
@@ -112,6 +127,57 @@ FA_API fa_status fa_forward_oracle(const fa_attention_args* args, const fa_tenso
  * it. The tensors' data pointers are not followed unless the checks of fa_forward() read them. */
 FA_API fa_status fa_explain(const fa_attention_args* args, char* text, size_t capacity,
                             size_t* needed);
+
+/* The gradients of one attention call: what goes in, dout, and what comes out. Start from
+ * fa_attention_gradients_init(). Each has the shape and the dtype of what it is the gradient of, on
+ * q's device; any strides with a contiguous last dimension, and those that are written without
+ * broadcast dimensions. They must not overlap each other or the call's tensors. */
+typedef struct fa_attention_gradients {
+  size_t struct_size; /* sizeof(fa_attention_gradients), set by fa_attention_gradients_init() */
+
+  const fa_tensor* dout; /* of out; read */
+  const fa_tensor* dq;   /* of q, k and v; written */
+  const fa_tensor* dk;
+  const fa_tensor* dv;
+  const fa_tensor* d_attn_bias;      /* of attn_bias, summed where it was broadcast to
+                                        [B, H, Sq, Sk]; written; may be NULL; not of a bool one */
+  const fa_tensor* d_learnable_sink; /* of learnable_sink; written; may be NULL */
+
+  int32_t deterministic; /* bitwise equal from run to run; the CPU always is */
+} fa_attention_gradients;
+
+FA_API void fa_attention_gradients_init(fa_attention_gradients* gradients);
+
+/* The gradients of sum(dout * out) by q, k, v, attn_bias and learnable_sink, after Dao,
+ * "FlashAttention-2" (2023), section 3.1.2: the probabilities P are computed anew from lse, so the
+ * memory it takes grows linearly with the sequence lengths. With S = scale * q k^T and dropout's
+ * mask M (1 / (1 - p) where it keeps):
+ *   dP = M * (dout v^T)    delta_i = sum_d dout_id out_id    dS = P * (dP - delta)
+ *   dq = scale * dS k      dk = scale * dS^T q               dv = (P * M)^T dout
+ *   d_attn_bias = dS       d_learnable_sink_h = -sum_i exp(sink_h - lse_i) delta_i
+ * and softcap's derivative on the way from dS to dq and dk. alibi_slopes are constants. Queries
+ * that see no key, and rows of varlen tensors that belong to no sequence, get 0.
+ *
+ * `args` is what fa_forward() was called with, dropout_seed and dropout_offset included; out and
+ * lse, both required, are as it wrote them, and are only read. s_dmask must be NULL. Paged k and v
+ * and a KV cache are FA_UNSUPPORTED. Returns when the gradients are written (CPU) or enqueued
+ * (GPU). */
+FA_API fa_status fa_backward(const fa_attention_args* args,
+                             const fa_attention_gradients* gradients);
+
+/* The fp64 oracle of fa_backward(), on the CPU, slowly. gradients->dout is in q's dtype; the others
+ * are fp64 tensors, row-major without gaps, in the shapes that fa_backward() has them in; each may
+ * be NULL. `bounds`, which may be NULL, alike: it gets the same formulas with absolute values in
+ * place of signed ones, by which the errors of the gradients are normalised; its dout is ignored.
+ * args->out, args->lse and args->s_dmask are ignored: the forward is computed in fp64 too. */
+FA_API fa_status fa_backward_oracle(const fa_attention_args* args,
+                                    const fa_attention_gradients* gradients,
+                                    const fa_attention_gradients* bounds);
+
+/* fa_explain() of a call of fa_backward(). */
+FA_API fa_status fa_explain_backward(const fa_attention_args* args,
+                                     const fa_attention_gradients* gradients, char* text,
+                                     size_t capacity, size_t* needed);
 
 /* The names of the implementations for a device type, best first; NULL past the end. */
 FA_API const char* fa_implementation_name(int32_t device_type, int32_t index);

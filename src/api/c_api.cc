@@ -145,15 +145,24 @@ Status to_view(const fa_tensor* tensor, const char* name, TensorView& view) {
   return {};
 }
 
-Status check_struct(const fa_attention_args* args) {
-  if (args == nullptr) return core::invalid_argument("args is NULL");
-  if (args->struct_size == sizeof(fa_attention_args)) return {};
-  return core::invalid_argument("args: struct_size is ", args->struct_size, ", this library's is ",
-                                sizeof(fa_attention_args), "; start from fa_attention_args_init()");
+template <class Struct>
+Status check_struct(const Struct* given, const char* name, const char* init) {
+  if (given == nullptr) return core::invalid_argument(name, " is NULL");
+  if (given->struct_size == sizeof(Struct)) return {};
+  return core::invalid_argument(name, ": struct_size is ", given->struct_size,
+                                ", this library's is ", sizeof(Struct), "; start from ", init);
+}
+
+Status check_args(const fa_attention_args* args) {
+  return check_struct(args, "args", "fa_attention_args_init()");
+}
+
+Status check_gradients(const fa_attention_gradients* gradients, const char* name) {
+  return check_struct(gradients, name, "fa_attention_gradients_init()");
 }
 
 Status to_core(const fa_attention_args* from, AttentionArgs& to) {
-  FA_TRY(check_struct(from));
+  FA_TRY(check_args(from));
   FA_TRY(to_view(from->q, "q", to.q));
   FA_TRY(to_view(from->k, "k", to.k));
   FA_TRY(to_view(from->v, "v", to.v));
@@ -167,6 +176,15 @@ Status to_core(const fa_attention_args* from, AttentionArgs& to) {
   FA_TRY(to_view(from->alibi_slopes, "alibi_slopes", to.alibi_slopes));
   FA_TRY(to_view(from->attn_bias, "attn_bias", to.attn_bias));
   FA_TRY(to_view(from->learnable_sink, "learnable_sink", to.learnable_sink));
+  FA_TRY(to_view(from->cache_seqlens, "cache_seqlens", to.cache_seqlens));
+  FA_TRY(to_view(from->cache_batch_idx, "cache_batch_idx", to.cache_batch_idx));
+  FA_TRY(to_view(from->cache_leftpad, "cache_leftpad", to.cache_leftpad));
+  FA_TRY(to_view(from->k_new, "k_new", to.k_new));
+  FA_TRY(to_view(from->v_new, "v_new", to.v_new));
+  FA_TRY(to_view(from->rotary_cos, "rotary_cos", to.rotary_cos));
+  FA_TRY(to_view(from->rotary_sin, "rotary_sin", to.rotary_sin));
+  to.rotary_interleaved = from->rotary_interleaved != 0;
+  to.num_splits = from->num_splits;
   to.max_seqlen_q = from->max_seqlen_q;
   to.max_seqlen_k = from->max_seqlen_k;
   if (from->softmax_scale != nullptr) to.softmax_scale = *from->softmax_scale;
@@ -178,6 +196,32 @@ Status to_core(const fa_attention_args* from, AttentionArgs& to) {
   to.dropout_seed = from->dropout_seed;
   to.dropout_offset = from->dropout_offset;
   return {};
+}
+
+Status to_core(const fa_attention_gradients* from, AttentionArgs& to) {
+  FA_TRY(check_gradients(from, "gradients"));
+  FA_TRY(to_view(from->dout, "dout", to.dout));
+  FA_TRY(to_view(from->dq, "dq", to.dq));
+  FA_TRY(to_view(from->dk, "dk", to.dk));
+  FA_TRY(to_view(from->dv, "dv", to.dv));
+  FA_TRY(to_view(from->d_attn_bias, "d_attn_bias", to.d_attn_bias));
+  FA_TRY(to_view(from->d_learnable_sink, "d_learnable_sink", to.d_learnable_sink));
+  to.deterministic = from->deterministic != 0;
+  return {};
+}
+
+// The views of a call, in `args`, and its problem.
+Result<AttentionProblem> read_forward(const fa_attention_args* c_args, AttentionArgs& args) {
+  FA_TRY(to_core(c_args, args));
+  return core::validate_forward(args);
+}
+
+Result<AttentionProblem> read_backward(const fa_attention_args* c_args,
+                                       const fa_attention_gradients* c_gradients,
+                                       AttentionArgs& args) {
+  FA_TRY(to_core(c_args, args));
+  FA_TRY(to_core(c_gradients, args));
+  return core::validate_backward(args);
 }
 
 // ---- Running ----
@@ -235,10 +279,9 @@ std::string forced_backend(const fa_attention_args& args) {
   return args.backend != nullptr ? std::string{args.backend} : core::environment::backend();
 }
 
-Status forward(const fa_attention_args* c_args) {
-  AttentionArgs args;
-  FA_TRY(to_core(c_args, args));
-  const Result<AttentionProblem> problem = core::validate_forward(args);
+// `problem` and `args` are those of `c_args`.
+Status run(const Result<AttentionProblem>& problem, const AttentionArgs& args,
+           const fa_attention_args* c_args) {
   if (!problem.ok()) return problem.status();
   const Result<core::Choice> choice =
       core::choose(problem.value(), args.q.device, forced_backend(*c_args));
@@ -246,45 +289,68 @@ Status forward(const fa_attention_args* c_args) {
   return run_plan(*choice.value().plan, args, c_args->stream);
 }
 
-Status explain(const fa_attention_args* c_args, std::string& text) {
-  AttentionArgs args;
-  FA_TRY(to_core(c_args, args));
-  const Result<AttentionProblem> problem = core::validate_forward(args);
-  if (!problem.ok()) return problem.status();
-  text = core::to_string(core::explain(problem.value(), args.q.device, forced_backend(*c_args)));
-  return {};
-}
+// Where a text goes, as fa_explain() takes it.
+struct TextBuffer {
+  char* text;
+  size_t capacity;
+  size_t* needed;
 
-void copy_text(const std::string& text, char* to, size_t capacity) {
-  if (to == nullptr || capacity == 0) return;
-  const size_t length = text.size() < capacity ? text.size() : capacity - 1;
-  std::memcpy(to, text.data(), length);
-  to[length] = '\0';
+  void clear() const {
+    if (text != nullptr && capacity > 0) *text = '\0';
+    if (needed != nullptr) *needed = 0;
+  }
+  void write(const std::string& from) const {
+    if (needed != nullptr) *needed = from.size() + 1;
+    if (text == nullptr || capacity == 0) return;
+    const size_t length = from.size() < capacity ? from.size() : capacity - 1;
+    std::memcpy(text, from.data(), length);
+    text[length] = '\0';
+  }
+};
+
+Status explain(const Result<AttentionProblem>& problem, const AttentionArgs& args,
+               const fa_attention_args* c_args, const TextBuffer& to) {
+  if (!problem.ok()) return problem.status();
+  to.write(core::to_string(core::explain(problem.value(), args.q.device, forced_backend(*c_args))));
+  return {};
 }
 
 // ---- The oracle ----
 
-// A stand-in for args.out, so that the checks of the forward see a whole call.
-TensorView output_like(const AttentionArgs& args, const TensorView& storage) {
-  TensorView view;
-  if (args.q.ndim < 1 || args.v.ndim < 1) return view;  // the checks will say so of q and v
-  view = args.q;
-  view.data = storage.data != nullptr ? storage.data : args.q.data;
-  view.shape[view.ndim - 1] = args.v.shape[args.v.ndim - 1];
+// Row-major strides for a stand-in, which nothing reads or writes. They wrap where the sizes
+// overflow; the checks of the call refuse those by the tensor that has them.
+void set_stand_in_strides(TensorView& view) {
   view.strides = {};
   int64_t stride = 1;
   for (int d = view.ndim - 1; d >= 0; --d) {
     view.strides[d] = stride;
-    // Wraps where the sizes overflow; validate_forward() refuses those by q and v.
     stride = static_cast<int64_t>(static_cast<uint64_t>(stride) *
                                   static_cast<uint64_t>(view.shape[d] > 1 ? view.shape[d] : 1));
   }
+}
+
+// Stand-ins for what the checks of a whole call ask for and the oracle does not: outputs, or, for
+// the backward, inputs that it computes itself.
+TensorView stand_in(const TensorView& like) {
+  TensorView view = like;
+  set_stand_in_strides(view);
   return view;
 }
 
-// The shape of lse, in the vocabulary of the problem.
-TensorView lse_like(const AttentionArgs& args, const AttentionProblem& problem) {
+TensorView out_stand_in(const AttentionArgs& args) {
+  if (args.q.ndim < 1 || args.v.ndim < 1) return {};  // the checks will say so of q and v
+  TensorView view = args.q;
+  view.shape[view.ndim - 1] = args.v.shape[args.v.ndim - 1];
+  set_stand_in_strides(view);
+  return view;
+}
+
+TensorView lse_stand_in(const AttentionArgs& args, const AttentionProblem& problem) {
+  static float none;
   TensorView view;
+  view.data = &none;
+  view.dtype = DataType::kFloat32;
+  view.device = args.q.device;
   if (problem.layout == core::Layout::kVarlen) {
     view.ndim = 2;
     view.shape = {problem.num_heads, args.q.shape[0]};
@@ -292,6 +358,7 @@ TensorView lse_like(const AttentionArgs& args, const AttentionProblem& problem) 
     view.ndim = 3;
     view.shape = {problem.batch, problem.num_heads, problem.seqlen_q};
   }
+  set_stand_in_strides(view);
   return view;
 }
 
@@ -325,29 +392,97 @@ Status check_result(const TensorView& view, const char* name, const TensorView& 
   return {};
 }
 
-Status forward_oracle(const fa_attention_args* c_args, const fa_tensor* c_out,
-                      const fa_tensor* c_lse, const fa_tensor* c_bound) {
-  AttentionArgs args;
-  FA_TRY(check_struct(c_args));
+// The inputs of the forward, with a stand-in for out.
+Result<AttentionProblem> read_oracle(const fa_attention_args* c_args, AttentionArgs& args) {
+  FA_TRY(check_args(c_args));
   fa_attention_args inputs = *c_args;
   inputs.out = inputs.lse = inputs.s_dmask = nullptr;
   FA_TRY(to_core(&inputs, args));
+  args.out = out_stand_in(args);
+  Result<AttentionProblem> problem = core::validate_forward(args);
+  if (problem.ok() && args.q.device.type != core::DeviceType::kCpu) {
+    return core::unsupported("q: lies on ", core::name(args.q.device),
+                             "; the oracle reads tensors on cpu only");
+  }
+  return problem;
+}
+
+Status forward_oracle(const fa_attention_args* c_args, const fa_tensor* c_out,
+                      const fa_tensor* c_lse, const fa_tensor* c_bound) {
+  AttentionArgs args;
+  const Result<AttentionProblem> problem = read_oracle(c_args, args);
+  if (!problem.ok()) return problem.status();
   TensorView out, lse, bound;
   FA_TRY(to_view(c_out, "out", out));
   FA_TRY(to_view(c_lse, "lse", lse));
   FA_TRY(to_view(c_bound, "bound", bound));
-  args.out = output_like(args, out);
-  const Result<AttentionProblem> problem = core::validate_forward(args);
-  if (!problem.ok()) return problem.status();
-  if (args.q.device.type != core::DeviceType::kCpu) {
-    return core::unsupported("q: lies on ", core::name(args.q.device),
-                             "; the oracle reads tensors on cpu only");
-  }
   FA_TRY(check_result(out, "out", args.out));
-  FA_TRY(check_result(lse, "lse", lse_like(args, problem.value())));
+  FA_TRY(check_result(lse, "lse", lse_stand_in(args, problem.value())));
   FA_TRY(check_result(bound, "bound", args.out));
   reference::forward(args, problem.value(),
                      {out.as<double>(), lse.as<double>(), bound.as<double>()});
+  return {};
+}
+
+// Where a gradient of the oracle and its bound are found, and where they go.
+struct OracleGradient {
+  const char* name;
+  const fa_tensor* fa_attention_gradients::*field;
+  TensorView AttentionArgs::*of;
+  TensorView AttentionArgs::*gradient;
+  double* reference::BackwardResult::*value;
+  double* reference::BackwardResult::*bound;
+  bool optional = false;
+};
+
+constexpr OracleGradient kOracleGradients[] = {
+    {"dq", &fa_attention_gradients::dq, &AttentionArgs::q, &AttentionArgs::dq,
+     &reference::BackwardResult::dq, &reference::BackwardResult::dq_bound},
+    {"dk", &fa_attention_gradients::dk, &AttentionArgs::k, &AttentionArgs::dk,
+     &reference::BackwardResult::dk, &reference::BackwardResult::dk_bound},
+    {"dv", &fa_attention_gradients::dv, &AttentionArgs::v, &AttentionArgs::dv,
+     &reference::BackwardResult::dv, &reference::BackwardResult::dv_bound},
+    {"d_attn_bias", &fa_attention_gradients::d_attn_bias, &AttentionArgs::attn_bias,
+     &AttentionArgs::d_attn_bias, &reference::BackwardResult::d_attn_bias,
+     &reference::BackwardResult::d_attn_bias_bound, true},
+    {"d_learnable_sink", &fa_attention_gradients::d_learnable_sink, &AttentionArgs::learnable_sink,
+     &AttentionArgs::d_learnable_sink, &reference::BackwardResult::d_learnable_sink,
+     &reference::BackwardResult::d_learnable_sink_bound, true}};
+
+Status backward_oracle(const fa_attention_args* c_args, const fa_attention_gradients* c_gradients,
+                       const fa_attention_gradients* c_bounds) {
+  AttentionArgs args;
+  const Result<AttentionProblem> forward = read_oracle(c_args, args);
+  if (!forward.ok()) return forward.status();
+  if (forward.value().layout == core::Layout::kCache) {
+    return core::unsupported("cache_seqlens: is given; there is no backward through a KV cache");
+  }
+  FA_TRY(check_gradients(c_gradients, "gradients"));
+  if (c_bounds != nullptr) FA_TRY(check_gradients(c_bounds, "bounds"));
+  FA_TRY(to_view(c_gradients->dout, "dout", args.dout));
+  args.lse = lse_stand_in(args, forward.value());
+
+  reference::BackwardResult result;
+  for (const OracleGradient& it : kOracleGradients) {
+    const TensorView& of = args.*it.of;
+    const std::string bound_name = core::concat("bounds.", it.name);
+    TensorView value, bound;
+    FA_TRY(to_view(c_gradients->*it.field, it.name, value));
+    if (c_bounds != nullptr) FA_TRY(to_view(c_bounds->*it.field, bound_name.c_str(), bound));
+    if (it.optional && !value.present() && !bound.present()) continue;
+    args.*it.gradient = stand_in(of);
+    if (!of.present()) {
+      (args.*it.gradient).ndim = 0;  // given, which the checks below refuse
+      continue;
+    }
+    FA_TRY(check_result(value, it.name, of));
+    FA_TRY(check_result(bound, bound_name.c_str(), of));
+    result.*it.value = value.as<double>();
+    result.*it.bound = bound.as<double>();
+  }
+  const Result<AttentionProblem> problem = core::validate_backward(args);
+  if (!problem.ok()) return problem.status();
+  reference::backward(args, problem.value(), args.dout, result);
   return {};
 }
 
@@ -412,10 +547,14 @@ void fa_attention_args_init(fa_attention_args* args) {
   args->struct_size = sizeof(fa_attention_args);
   args->window_size_left = -1;
   args->window_size_right = -1;
+  args->rotary_interleaved = 1;
 }
 
 fa_status fa_forward(const fa_attention_args* args) {
-  return guarded([&] { return fa::api::forward(args); });
+  return guarded([&] {
+    fa::core::AttentionArgs views;
+    return fa::api::run(fa::api::read_forward(args, views), views, args);
+  });
 }
 
 fa_status fa_forward_oracle(const fa_attention_args* args, const fa_tensor* out,
@@ -424,14 +563,40 @@ fa_status fa_forward_oracle(const fa_attention_args* args, const fa_tensor* out,
 }
 
 fa_status fa_explain(const fa_attention_args* args, char* text, size_t capacity, size_t* needed) {
-  if (text != nullptr && capacity > 0) *text = '\0';
-  if (needed != nullptr) *needed = 0;
-  return guarded([&]() -> fa::core::Status {
-    std::string explanation;
-    FA_TRY(fa::api::explain(args, explanation));
-    fa::api::copy_text(explanation, text, capacity);
-    if (needed != nullptr) *needed = explanation.size() + 1;
-    return {};
+  const fa::api::TextBuffer to{text, capacity, needed};
+  to.clear();
+  return guarded([&] {
+    fa::core::AttentionArgs views;
+    return fa::api::explain(fa::api::read_forward(args, views), views, args, to);
+  });
+}
+
+void fa_attention_gradients_init(fa_attention_gradients* gradients) {
+  if (gradients == nullptr) return;
+  *gradients = fa_attention_gradients{};
+  gradients->struct_size = sizeof(fa_attention_gradients);
+}
+
+fa_status fa_backward(const fa_attention_args* args, const fa_attention_gradients* gradients) {
+  return guarded([&] {
+    fa::core::AttentionArgs views;
+    return fa::api::run(fa::api::read_backward(args, gradients, views), views, args);
+  });
+}
+
+fa_status fa_backward_oracle(const fa_attention_args* args, const fa_attention_gradients* gradients,
+                             const fa_attention_gradients* bounds) {
+  return guarded([&] { return fa::api::backward_oracle(args, gradients, bounds); });
+}
+
+fa_status fa_explain_backward(const fa_attention_args* args,
+                              const fa_attention_gradients* gradients, char* text, size_t capacity,
+                              size_t* needed) {
+  const fa::api::TextBuffer to{text, capacity, needed};
+  to.clear();
+  return guarded([&] {
+    fa::core::AttentionArgs views;
+    return fa::api::explain(fa::api::read_backward(args, gradients, views), views, args, to);
   });
 }
 

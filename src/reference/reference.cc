@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "core/element.h"
@@ -349,6 +350,18 @@ struct Gradients {
   Broadcast bias_index;
 };
 
+// sum_d |dout_id| bound_id, of out's bounds. A backward is given out in its dtype, which rounds by
+// absolute steps below its least normal number: a smaller bound counts as that.
+template <class T>
+double delta_bound_of(const Row& row, const double* dout, int64_t head_dim_v) {
+  const double least = std::is_same_v<T, core::Float16> ? 0x1p-14 : 0x1p-126;
+  double sum = 0.0;
+  for (int64_t d = 0; d < head_dim_v; ++d) {
+    if (row.bound[d] != 0.0) sum += std::abs(dout[d]) * std::max(row.bound[d], least);
+  }
+  return sum;
+}
+
 // The terms that row i of a head gives to all gradients; `row` and `dout` are that row's.
 template <class T>
 void backward_row(const Call& call, int64_t batch, int64_t head, const Head<T>& it, int64_t i,
@@ -358,7 +371,7 @@ void backward_row(const Call& call, int64_t batch, int64_t head, const Head<T>& 
   const int64_t head_dim_v = problem.head_dim_v;
   const int64_t q_begin = (it.query_number(i) * problem.num_heads + head) * head_dim;
   const double delta = dot(dout, row.out, head_dim_v);
-  const double delta_bound = absolute_dot(dout, row.bound, head_dim_v);
+  const double delta_bound = delta_bound_of<T>(row, dout, head_dim_v);
 
   for (int64_t j = row.keys.begin; j < row.keys.end; ++j) {
     if (!row.visible(j)) continue;
@@ -370,7 +383,8 @@ void backward_row(const Call& call, int64_t batch, int64_t head, const Head<T>& 
     const double ds = p * (dp - delta);
     const double ds_bound = p * (dp_bound + delta_bound);
     const double dqk = call.scale * row.softcap_slope[j] * ds;  // by <q_i, k_j>
-    const double dqk_bound = call.scale * row.softcap_slope[j] * ds_bound;
+    // The slope is 1 - tanh^2, and with absolute values 1 + tanh^2.
+    const double dqk_bound = call.scale * (2.0 - row.softcap_slope[j]) * ds_bound;
 
     gradients.v.add(kv_row * head_dim_v, p * m, p * m, dout, head_dim_v);
     gradients.q.add(q_begin, dqk, dqk_bound, it.key(j), head_dim);

@@ -31,7 +31,8 @@ void forward(const core::AttentionArgs& args, const core::AttentionProblem& prob
 //   d attn_bias_ij = dS_ij                     d sink_h = -sum_i exp(sink_h - lse_i) delta_i
 //
 // Each `_bound` is the same formula with absolute values in place of signed ones: |dout|, |v|, |k|
-// and |q| for their originals, P_ij (dP_ij + delta_i) for dS_ij, the forward's bound for out.
+// and |q| for their originals, P_ij (dP_ij + delta_i) for dS_ij, 1 + tanh^2 for c_ij, the forward's
+// bound for out, but no less than the least normal number of out's dtype.
 struct BackwardResult {
   double* dq = nullptr;
   double* dk = nullptr;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "flash_attn/attention.hpp"
@@ -63,6 +64,103 @@ TEST(Cpp, forward_meets_the_oracle) {
     ASSERT_LE(std::abs(static_cast<double>(example.out[i]) - out[i]), kFloat32OutBound * bound[i]);
   }
   for (size_t i = 0; i < lse.size(); ++i) ASSERT_NEAR(lse[i], lse64[i], 1e-5);
+}
+
+// A forward of fp32 with attn_bias and learnable_sink, and memory for its gradients.
+struct BackwardExample {
+  static constexpr size_t kBiasElements = kHeads * kSeqlen * kSeqlen;
+  Example forward;
+  std::vector<float> lse = std::vector<float>(kBatch * kHeads * kSeqlen);
+  std::vector<float> bias = normal(4, kBiasElements), sink = normal(5, kHeads), dout = normal(6);
+
+  ForwardArgs args() {
+    ForwardArgs args = forward.args();
+    args.lse = tensor(lse.data(), {kBatch, kHeads, kSeqlen});
+    args.attn_bias = tensor(bias.data(), {kHeads, kSeqlen, kSeqlen});
+    args.learnable_sink = tensor(sink.data(), {kHeads});
+    return args;
+  }
+};
+
+// The gradients of BackwardExample, in float or double.
+template <class T>
+struct ExampleGradients {
+  std::vector<T> dq = std::vector<T>(kElements), dk = dq, dv = dq;
+  std::vector<T> bias = std::vector<T>(BackwardExample::kBiasElements),
+                 sink = std::vector<T>(kHeads);
+
+  Gradients tensors(const std::vector<float>& dout) {
+    const auto bshd = [](auto& values) {
+      return tensor(values.data(), {kBatch, kSeqlen, kHeads, kDim});
+    };
+    return {.dout = bshd(dout),
+            .dq = bshd(dq),
+            .dk = bshd(dk),
+            .dv = bshd(dv),
+            .d_attn_bias = tensor(bias.data(), {kHeads, kSeqlen, kSeqlen}),
+            .d_learnable_sink = tensor(sink.data(), {kHeads})};
+  }
+  std::vector<const std::vector<T>*> all() const { return {&dq, &dk, &dv, &bias, &sink}; }
+};
+
+TEST(Cpp, backward_meets_the_oracle) {
+  BackwardExample example;
+  ForwardArgs args = example.args();
+  Status status = forward(args);
+  ASSERT_TRUE(status.ok()) << status.message();
+  // What the backward reads, out and lse too, may be constant.
+  const std::vector<float>&out = example.forward.out, &lse = example.lse;
+  args.out = tensor(out.data(), {kBatch, kSeqlen, kHeads, kDim});
+  args.lse = tensor(lse.data(), {kBatch, kHeads, kSeqlen});
+  ExampleGradients<float> gradients;
+  status = backward(args, gradients.tensors(example.dout));
+  ASSERT_TRUE(status.ok()) << status.message();
+
+  ExampleGradients<double> expected, bounds;
+  status = backward_oracle(args, expected.tensors(example.dout), bounds.tensors({}));
+  ASSERT_TRUE(status.ok()) << status.message();
+  for (size_t g = 0; g < gradients.all().size(); ++g) {
+    const std::vector<float>& values = *gradients.all()[g];
+    for (size_t i = 0; i < values.size(); ++i) {
+      ASSERT_LE(std::abs(static_cast<double>(values[i]) - (*expected.all()[g])[i]),
+                kFloat32GradientBound * (*bounds.all()[g])[i])
+          << "gradient " << g << " at " << i;
+    }
+  }
+}
+
+TEST(Cpp, backward_names_what_it_cannot_use) {
+  BackwardExample example;
+  ForwardArgs args = example.args();
+  ASSERT_TRUE(forward(args).ok());
+  ExampleGradients<float> memory;
+  const Gradients good = memory.tensors(example.dout);
+  Gradients gradients = good;
+  gradients.dk = tensor(std::as_const(memory.dk).data(), {kBatch, kSeqlen, kHeads, kDim});
+  EXPECT_TRUE(contains(backward(args, gradients).message(), "dk: is an output"));
+  gradients = good;
+  gradients.dv = tensor(memory.dv.data(), {1, 1, 1, 1, 1, 1});
+  EXPECT_TRUE(contains(backward(args, gradients).message(), "dv: has more than 5 dimensions"));
+  gradients = good;
+  gradients.dq = {};
+  EXPECT_TRUE(contains(backward(args, gradients).message(), "dq: is missing"));
+  args.v = tensor(example.forward.v.data(), {kBatch, kSeqlen, kHeads, kDim}, {kDim, 1});
+  EXPECT_TRUE(contains(backward(args, good).message(), "v:"));
+  EXPECT_EQ(memory.dq, std::vector<float>(kElements)) << "nothing is written";
+}
+
+TEST(Cpp, backward_is_explained) {
+  BackwardExample example;
+  ForwardArgs args = example.args();
+  ExampleGradients<float> memory;
+  const Gradients gradients = memory.tensors(example.dout);
+  std::string text;
+  ASSERT_TRUE(explain(args, gradients, &text).ok());
+  EXPECT_TRUE(contains(text, "chosen")) << text;
+  args.lse = {};
+  const Status status = explain(args, gradients, &text);
+  EXPECT_TRUE(contains(status.message(), "lse: is missing")) << status.message();
+  EXPECT_EQ(text, "");
 }
 
 TEST(Cpp, dtypes_follow_from_pointers) {
@@ -328,7 +426,7 @@ TEST(C, the_oracle_checks_its_results) {
   const std::vector<int64_t>& shape = it.tensors().out.shape();
   HostTensor out = HostTensor::compact(core::DataType::kFloat64, shape);
   EXPECT_EQ(fa_forward_oracle(&it.args(), out.c_tensor(), nullptr, nullptr), FA_OK);
-  EXPECT_TRUE(out.only_elements_written());
+  EXPECT_TRUE(only_elements_written({&out}));
   EXPECT_EQ(fa_forward_oracle(&it.args(), nullptr, nullptr, nullptr), FA_OK);
 
   HostTensor narrow = HostTensor::compact(core::DataType::kFloat32, shape);
@@ -342,6 +440,80 @@ TEST(C, the_oracle_checks_its_results) {
   EXPECT_TRUE(contains(fa_last_error_message(), "strides"));
   it.args().softcap = -1.0;
   EXPECT_EQ(fa_forward_oracle(&it.args(), out.c_tensor(), nullptr, nullptr), FA_INVALID_ARGUMENT);
+}
+
+TEST(C, gradients_are_absent_by_default) {
+  fa_attention_gradients gradients;
+  std::memset(&gradients, 0x5A, sizeof(gradients));
+  fa_attention_gradients_init(&gradients);
+  EXPECT_EQ(gradients.struct_size, sizeof(gradients));
+  EXPECT_EQ(gradients.dout, nullptr);
+  EXPECT_EQ(gradients.d_learnable_sink, nullptr);
+  EXPECT_EQ(gradients.deterministic, 0);
+}
+
+TEST(C, the_backward_oracle_checks_its_results) {
+  PreparedCase it(kCase, core::DataType::kFloat32);
+  const std::vector<int64_t>& shape = it.tensors().dk.shape();
+  HostTensor dk = HostTensor::compact(core::DataType::kFloat64, shape);
+  fa_attention_gradients gradients, bounds;
+  fa_attention_gradients_init(&gradients);
+  fa_attention_gradients_init(&bounds);
+  const auto expect_refused = [&](const char* part) {
+    EXPECT_EQ(fa_backward_oracle(&it.args(), &gradients, &bounds), FA_INVALID_ARGUMENT);
+    EXPECT_TRUE(contains(fa_last_error_message(), part)) << fa_last_error_message();
+  };
+  expect_refused("dout: is missing");
+  gradients.dout = it.tensors().dout.c_tensor();
+  gradients.dk = dk.c_tensor();
+  EXPECT_EQ(fa_backward_oracle(&it.args(), &gradients, nullptr), FA_OK);
+  EXPECT_TRUE(only_elements_written({&dk}));
+
+  gradients.dq = dk.c_tensor();
+  expect_refused("dq: shape is [2, 70, 2, 24], must be [2, 50, 2, 24]");
+  gradients.dq = nullptr;
+  bounds.dk = it.tensors().dk.c_tensor();
+  expect_refused("bounds.dk: dtype is float32");
+  bounds.dk = nullptr;
+  bounds.d_learnable_sink = dk.c_tensor();
+  expect_refused("d_learnable_sink: is given, but learnable_sink is not");
+  bounds.struct_size = 3;
+  expect_refused("bounds: struct_size is 3");
+}
+
+TEST(C, the_backward_is_explained) {
+  PreparedCase it(kCase, core::DataType::kFloat32);
+  it.args().backend = "cpu";
+  EXPECT_EQ(chosen_implementation(it.args(), &it.gradients()).rfind("cpu:", 0), 0u);
+  char text[8] = "before";
+  size_t needed = 1;
+  it.gradients().dv = nullptr;
+  EXPECT_EQ(fa_explain_backward(&it.args(), &it.gradients(), text, sizeof(text), &needed),
+            FA_INVALID_ARGUMENT);
+  EXPECT_STREQ(text, "");
+  EXPECT_EQ(needed, 0u);
+}
+
+// As autograd gives it for a sum over the batch.
+TEST(C, a_broadcast_dout_is_taken) {
+  PreparedCase it(kCase, core::DataType::kFloat32);
+  CaseTensors& t = it.tensors();
+  run(it);
+  const int64_t per_batch = t.dout.num_elements() / kCase.batch;
+  for (int64_t i = 0; i < per_batch; ++i) t.dout.set(per_batch + i, t.dout.get(i));
+  ASSERT_EQ(fa_backward(&it.args(), &it.gradients()), FA_OK) << fa_last_error_message();
+  const uint64_t dq = t.dq.hash(), dk = t.dk.hash(), dv = t.dv.hash();
+  fa_tensor dout = *it.gradients().dout;
+  const std::vector<int64_t> strides{0, t.dout.stride(1), t.dout.stride(2), 1};
+  dout.strides = strides.data();
+  it.gradients().dout = &dout;
+  for (HostTensor* gradient : t.gradients()) {
+    if (gradient->present()) gradient->poison();
+  }
+  ASSERT_EQ(fa_backward(&it.args(), &it.gradients()), FA_OK) << fa_last_error_message();
+  EXPECT_EQ(t.dq.hash(), dq);
+  EXPECT_EQ(t.dk.hash(), dk);
+  EXPECT_EQ(t.dv.hash(), dv);
 }
 
 TEST(C, workspace_grows_and_shrinks_between_calls) {

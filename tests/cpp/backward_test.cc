@@ -7,6 +7,7 @@
 #include "cpu/thread_pool.h"
 #include "reference/reference.h"
 #include "reference_call.h"
+#include "tests/case_runner.h"
 
 namespace fa {
 namespace {
@@ -17,17 +18,15 @@ using core::DataType;
 using testing::Spec;
 using testing::Tensor;
 
-// Of max |gradient - oracle| / bound. Calibrated 2026-11 over the specs and random problems below
-// on AVX-512, AVX2, SSE4 and baseline: the worst were 3.3e-6 (fp32), 1.0 u (fp16) and 1.0 u (bf16).
-constexpr double kFloat32Bound = 4e-6;
-constexpr double kHalfBound = 2.0;  // times the unit round-off of the dtype
-
 double gradient_bound(const Spec& spec) {
-  if (spec.dtype != DataType::kFloat32) return kHalfBound * testing::unit_roundoff(spec.dtype);
+  if (spec.dtype != DataType::kFloat32) {
+    return cases::kHalfBound * testing::unit_roundoff(spec.dtype);
+  }
   // The error of an fp32 score, and so the relative one of its probability, grows with the score;
   // these slopes reach 2 per key.
   const double keys = static_cast<double>(std::max(spec.seqlen_k, testing::sum_of(spec.lengths_k)));
-  return spec.alibi_rank > 0 ? kFloat32Bound * (1.0 + keys / 50.0) : kFloat32Bound;
+  const double growth = spec.alibi_rank > 0 ? 1.0 + keys / 50.0 : 1.0;
+  return cases::kFloat32GradientBound * growth;
 }
 
 // Owns what a backward writes, and what it is compared with.

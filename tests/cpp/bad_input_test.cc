@@ -68,6 +68,11 @@ class Call {
     cu_seqlens_k.copy(tensors_.cu_seqlens_k.c_tensor(), &args.cu_seqlens_k);
     seqused_k.copy(tensors_.seqused_k.c_tensor(), &args.seqused_k);
     block_table.copy(tensors_.block_table.c_tensor(), &args.block_table);
+    fa_attention_gradients_init(&gradients);
+    dout.copy(tensors_.dout.c_tensor(), &gradients.dout);
+    dq.copy(tensors_.dq.c_tensor(), &gradients.dq);
+    dk.copy(tensors_.dk.c_tensor(), &gradients.dk);
+    dv.copy(tensors_.dv.c_tensor(), &gradients.dv);
     if (!c.varlen()) return;
     args.max_seqlen_q = c.max_q();
     args.max_seqlen_k = c.max_k();
@@ -75,7 +80,15 @@ class Call {
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
-  uint64_t outputs_hash() const { return tensors_.out.hash() ^ tensors_.lse.hash() * 31; }
+  // Of what the forward and the backward write.
+  uint64_t outputs_hash() const {
+    uint64_t hash = 0;
+    for (const HostTensor* it :
+         {&tensors_.out, &tensors_.lse, &tensors_.dq, &tensors_.dk, &tensors_.dv}) {
+      hash = hash * 31 ^ it->hash();
+    }
+    return hash;
+  }
 
   // Memory that is large enough for any optional tensor given here.
   void* spare() { return spare_.data(); }
@@ -89,6 +102,8 @@ class Call {
   Spoilable q, k, v, out, lse, s_dmask;
   Spoilable cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
   Spoilable alibi_slopes, attn_bias, learnable_sink;
+  fa_attention_gradients gradients{};
+  Spoilable dout, dq, dk, dv, d_attn_bias, d_learnable_sink;
   double scale = 0.0;
 
  private:
@@ -481,19 +496,124 @@ const BadCall kVarlenCalls[] = {
     {"paged_k_rank_3", kPaged, [](Call& c) { c.k.tensor.ndim = 3; }, {"k:", "3 dimensions"}},
 };
 
-class BadInput : public ::testing::TestWithParam<BadCall> {};
+void give_sink(Call& c) { c.give(c.learnable_sink, &c.args.learnable_sink, {6}, FA_FLOAT, 32); }
 
-TEST_P(BadInput, is_named_and_nothing_is_written) {
-  const BadCall& bad = GetParam();
+void give_bias(Call& c, int code, int bits) {
+  c.give(c.attn_bias, &c.args.attn_bias, {6, 4, 5}, code, bits);
+}
+
+void give_d_bias(Call& c, std::vector<int64_t> shape, int code, int bits) {
+  c.give(c.d_attn_bias, &c.gradients.d_attn_bias, std::move(shape), code, bits);
+}
+
+const BadCall kGradients[] = {
+    {"struct_size_0",
+     kDense,
+     [](Call& c) { c.gradients.struct_size = 0; },
+     {"gradients: struct_size is 0", "fa_attention_gradients_init"}},
+    {"args_struct_size_0", kDense, [](Call& c) { c.args.struct_size = 0; }, {"args: struct_size"}},
+    {"q_is_null", kDense, [](Call& c) { c.args.q = nullptr; }, {"q:", "missing"}},
+    {"out_is_null", kDense, [](Call& c) { c.args.out = nullptr; }, {"out:", "missing"}},
+    {"lse_is_null", kDense, [](Call& c) { c.args.lse = nullptr; }, {"lse:", "missing"}},
+    {"dout_is_null", kDense, [](Call& c) { c.gradients.dout = nullptr; }, {"dout:", "missing"}},
+    {"dq_is_null", kDense, [](Call& c) { c.gradients.dq = nullptr; }, {"dq:", "missing"}},
+    {"dk_is_null", kDense, [](Call& c) { c.gradients.dk = nullptr; }, {"dk:", "missing"}},
+    {"dv_is_null", kDense, [](Call& c) { c.gradients.dv = nullptr; }, {"dv:", "missing"}},
+    {"dq_without_data", kDense, [](Call& c) { c.dq.tensor.data = nullptr; }, {"dq:", "null"}},
+    {"dv_ndim_negative", kDense, [](Call& c) { c.dv.tensor.ndim = -1; }, {"dv:", "ndim is -1"}},
+    {"dout_lanes_2",
+     kDense,
+     [](Call& c) { c.dout.tensor.dtype_lanes = 2; },
+     {"dout:", "dtype_lanes is 2"}},
+    {"dout_seqlen_q", kDense, [](Call& c) { c.dout.shape[1] = 3; }, {"dout:", "[2, 3, 6, 8]"}},
+    {"dq_head_dim", kDense, [](Call& c) { c.dq.shape[3] = 7; }, {"dq:", "[2, 4, 6, 7]"}},
+    {"dk_by_num_heads", kDense, [](Call& c) { c.dk.shape[2] = 6; }, {"dk:", "[2, 5, 6, 8]"}},
+    {"dv_rank_3", kDense, [](Call& c) { c.dv.tensor.ndim = 3; }, {"dv:", "[2, 5, 2]"}},
+    {"dq_total_q", kVarlen, [](Call& c) { c.dq.shape[0] = 5; }, {"dq:", "[5, 2, 8]"}},
+    {"dout_float16", kDense, [](Call& c) { c.dout.set_dtype(FA_FLOAT, 16); }, {"dout:", "float16"}},
+    {"dq_bfloat16", kDense, [](Call& c) { c.dq.set_dtype(FA_BFLOAT, 16); }, {"dq:", "bfloat16"}},
+    {"dv_float64", kDense, [](Call& c) { c.dv.set_dtype(FA_FLOAT, 64); }, {"dv:", "float64"}},
+    {"dk_on_cuda", kDense, [](Call& c) { c.dk.tensor.device_type = FA_CUDA; }, {"dk:", "cuda:0"}},
+    {"dq_broadcast", kDense, [](Call& c) { c.dq.strides[2] = 0; }, {"dq:", "stride 0"}},
+    {"dk_broadcast", kDense, [](Call& c) { c.dk.strides[0] = 0; }, {"dk:", "stride 0"}},
+    {"dv_stride_negative", kDense, [](Call& c) { c.dv.strides[1] = -16; }, {"dv:", "-16"}},
+    {"dv_last_stride_2", kDense, [](Call& c) { c.dv.strides[3] = 2; }, {"dv:", "stride 2"}},
+    {"dout_last_stride_0", kDense, [](Call& c) { c.dout.strides[3] = 0; }, {"dout:", "stride 0"}},
+    {"dq_misaligned", kDense, [](Call& c) { c.dq.tensor.byte_offset = 2; }, {"dq:", "aligned"}},
+    {"s_dmask_is_given",
+     kDense,
+     [](Call& c) {
+       c.give(c.s_dmask, &c.args.s_dmask, {2, 6, 128, 128}, FA_FLOAT, 32);
+     },
+     {"s_dmask:", "must be absent"}},
+    {"d_attn_bias_without_a_bias",
+     kDense,
+     [](Call& c) {
+       give_d_bias(c, {6, 4, 5}, FA_FLOAT, 32);
+     },
+     {"d_attn_bias:", "attn_bias is not"}},
+    {"d_attn_bias_of_a_boolean_bias",
+     kDense,
+     [](Call& c) {
+       give_bias(c, FA_BOOL, 8);
+       give_d_bias(c, {6, 4, 5}, FA_FLOAT, 32);
+     },
+     {"d_attn_bias:", "boolean"}},
+    {"d_attn_bias_not_summed",
+     kDense,
+     [](Call& c) {
+       give_bias(c, FA_FLOAT, 32);
+       give_d_bias(c, {2, 6, 4, 5}, FA_FLOAT, 32);
+     },
+     {"d_attn_bias:", "[2, 6, 4, 5]", "[6, 4, 5]"}},
+    {"d_attn_bias_float64",
+     kDense,
+     [](Call& c) {
+       give_bias(c, FA_FLOAT, 32);
+       give_d_bias(c, {6, 4, 5}, FA_FLOAT, 64);
+     },
+     {"d_attn_bias:", "float64"}},
+    {"d_learnable_sink_without_a_sink",
+     kDense,
+     [](Call& c) { c.give(c.d_learnable_sink, &c.gradients.d_learnable_sink, {6}, FA_FLOAT, 32); },
+     {"d_learnable_sink:", "learnable_sink is not"}},
+    {"d_learnable_sink_shape",
+     kDense,
+     [](Call& c) {
+       give_sink(c);
+       c.give(c.d_learnable_sink, &c.gradients.d_learnable_sink, {2}, FA_FLOAT, 32);
+     },
+     {"d_learnable_sink:", "[2]"}},
+    {"softcap_negative", kDense, [](Call& c) { c.args.softcap = -2.5; }, {"softcap", "-2.5"}},
+    {"backend_unknown",
+     kDense,
+     [](Call& c) { c.args.backend = "cpu:quantum"; },
+     {"backend", "cpu:quantum"}},
+    {"pages", kPaged, [](Call&) {}, {"pages", "contiguous"}, FA_UNSUPPORTED},
+};
+
+void expect_refused(const BadCall& bad, fa_status (*run)(Call& call)) {
   Call call(bad.base);
   bad.spoil(call);
   const uint64_t before = call.outputs_hash();
-  EXPECT_EQ(fa_forward(&call.args), bad.code);
+  EXPECT_EQ(run(call), bad.code);
   const std::string message = fa_last_error_message();
   for (const char* part : bad.message) {
     EXPECT_NE(message.find(part), std::string::npos) << "'" << part << "' is not in: " << message;
   }
   EXPECT_EQ(call.outputs_hash(), before) << "an output was written";
+}
+
+class BadInput : public ::testing::TestWithParam<BadCall> {};
+
+TEST_P(BadInput, is_named_and_nothing_is_written) {
+  expect_refused(GetParam(), [](Call& c) { return fa_forward(&c.args); });
+}
+
+class BadBackwardInput : public ::testing::TestWithParam<BadCall> {};
+
+TEST_P(BadBackwardInput, is_named_and_nothing_is_written) {
+  expect_refused(GetParam(), [](Call& c) { return fa_backward(&c.args, &c.gradients); });
 }
 
 std::string name_of(const ::testing::TestParamInfo<BadCall>& info) { return info.param.name; }
@@ -504,6 +624,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, BadInput, ::testing::ValuesIn(kShapes), name_of
 INSTANTIATE_TEST_SUITE_P(Scalars, BadInput, ::testing::ValuesIn(kScalars), name_of);
 INSTANTIATE_TEST_SUITE_P(Options, BadInput, ::testing::ValuesIn(kOptions), name_of);
 INSTANTIATE_TEST_SUITE_P(Varlen, BadInput, ::testing::ValuesIn(kVarlenCalls), name_of);
+INSTANTIATE_TEST_SUITE_P(Gradients, BadBackwardInput, ::testing::ValuesIn(kGradients), name_of);
 
 // What the table spoils is valid before.
 TEST(BadInputBase, calls_are_valid_before_they_are_spoiled) {
@@ -511,7 +632,12 @@ TEST(BadInputBase, calls_are_valid_before_they_are_spoiled) {
     Call call(*c);
     const uint64_t before = call.outputs_hash();
     EXPECT_EQ(fa_forward(&call.args), FA_OK) << c->name << ": " << fa_last_error_message();
-    EXPECT_NE(call.outputs_hash(), before);
+    const uint64_t between = call.outputs_hash();
+    EXPECT_NE(between, before);
+    if (c->page_size > 0) continue;
+    EXPECT_EQ(fa_backward(&call.args, &call.gradients), FA_OK)
+        << c->name << ": " << fa_last_error_message();
+    EXPECT_NE(call.outputs_hash(), between);
   }
 }
 
@@ -521,6 +647,17 @@ TEST(BadInputBase, null_args_are_refused) {
   EXPECT_EQ(fa_explain(nullptr, nullptr, 0, nullptr), FA_INVALID_ARGUMENT);
   EXPECT_EQ(fa_forward_oracle(nullptr, nullptr, nullptr, nullptr), FA_INVALID_ARGUMENT);
   fa_attention_args_init(nullptr);
+}
+
+TEST(BadInputBase, null_gradients_are_refused) {
+  Call call(kDense);
+  EXPECT_EQ(fa_backward(&call.args, nullptr), FA_INVALID_ARGUMENT);
+  EXPECT_STREQ(fa_last_error_message(), "gradients is NULL");
+  EXPECT_EQ(fa_backward(nullptr, &call.gradients), FA_INVALID_ARGUMENT);
+  EXPECT_STREQ(fa_last_error_message(), "args is NULL");
+  EXPECT_EQ(fa_explain_backward(&call.args, nullptr, nullptr, 0, nullptr), FA_INVALID_ARGUMENT);
+  EXPECT_EQ(fa_backward_oracle(&call.args, nullptr, nullptr), FA_INVALID_ARGUMENT);
+  fa_attention_gradients_init(nullptr);
 }
 
 // Bytes in which nothing is a valid field must not crash the checks.

@@ -1,9 +1,11 @@
-// Every case on every implementation that this machine has, against the oracle; and properties that
-// hold without tolerance.
+// Every case, forward and backward, on every implementation that this machine has, against the
+// oracle; and properties that hold without tolerance.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cctype>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <ostream>
 #include <set>
@@ -40,13 +42,28 @@ PreparedCase& prepared(const Case& c, DataType dtype) {
   return *last;
 }
 
+using Pass = Outcome (PreparedCase::*)(const char* backend);
+
 // Whether the implementation took the case. A refusal is no fault: some serve one dtype only.
-bool expect_right(const Case& c, DataType dtype, const std::string& implementation) {
-  const Outcome outcome = prepared(c, dtype).run(implementation.c_str());
+bool expect_right(const Case& c, DataType dtype, const std::string& implementation, Pass pass) {
+  const Outcome outcome = (prepared(c, dtype).*pass)(implementation.c_str());
   if (outcome.refused()) return false;
-  EXPECT_EQ(outcome.fault(c, dtype), "") << describe(c);
+  EXPECT_EQ(outcome.fault(), "") << implementation << " on " << describe(c);
   EXPECT_EQ(outcome.implementation, implementation);
   return true;
+}
+
+// Those of which this machine can run the backward.
+std::vector<std::string> backward_implementations() {
+  std::vector<std::string> names = available_implementations();
+  std::erase_if(names, [](const std::string& name) {
+    return std::none_of(std::begin(kDTypes), std::end(kDTypes), [&](DataType dtype) {
+      PreparedCase it(Case{.name = "plain"}, dtype);
+      it.args().backend = name.c_str();
+      return chosen_implementation(it.args(), &it.gradients()) == name;
+    });
+  });
+  return names;
 }
 
 std::string identifier(std::string text) {
@@ -64,7 +81,22 @@ class NamedCase : public ::testing::TestWithParam<NamedCaseParam> {};
 
 TEST_P(NamedCase, is_within_bounds) {
   const auto& [c, dtype, implementation] = GetParam();
-  if (!expect_right(c, dtype, implementation)) GTEST_SKIP() << implementation << " refuses it";
+  if (!expect_right(c, dtype, implementation, &PreparedCase::run)) {
+    GTEST_SKIP() << implementation << " refuses it";
+  }
+}
+
+class NamedCaseBackward : public NamedCase {};
+
+TEST_P(NamedCaseBackward, is_within_bounds_or_refuses_pages) {
+  const auto& [c, dtype, implementation] = GetParam();
+  if (c.page_size > 0) {
+    const Outcome outcome = prepared(c, dtype).run_backward(implementation.c_str());
+    EXPECT_EQ(outcome.status, FA_UNSUPPORTED);
+    EXPECT_NE(outcome.message.find("pages"), std::string::npos) << outcome.message;
+  } else if (!expect_right(c, dtype, implementation, &PreparedCase::run_backward)) {
+    GTEST_SKIP() << implementation << " refuses it";
+  }
 }
 
 std::string case_name(const ::testing::TestParamInfo<NamedCaseParam>& info) {
@@ -77,6 +109,33 @@ INSTANTIATE_TEST_SUITE_P(All, NamedCase,
                                             ::testing::ValuesIn(kDTypes),
                                             ::testing::ValuesIn(available_implementations())),
                          case_name);
+INSTANTIATE_TEST_SUITE_P(All, NamedCaseBackward,
+                         ::testing::Combine(::testing::ValuesIn(kCases),
+                                            ::testing::ValuesIn(kDTypes),
+                                            ::testing::ValuesIn(backward_implementations())),
+                         case_name);
+
+class RandomCases : public ::testing::TestWithParam<DataType> {
+ protected:
+  void expect_all_right(const std::vector<std::string>& implementations, Pass pass) {
+    for (uint64_t seed = 0; seed < kRandomCases; ++seed) {
+      for (const std::string& implementation : implementations) {
+        expect_right(random_case(seed), GetParam(), implementation, pass);
+      }
+    }
+  }
+};
+
+TEST_P(RandomCases, are_within_bounds) {
+  expect_all_right(available_implementations(), &PreparedCase::run);
+}
+
+TEST_P(RandomCases, have_gradients_within_bounds) {
+  expect_all_right(backward_implementations(), &PreparedCase::run_backward);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, RandomCases, ::testing::ValuesIn(kDTypes),
+                         [](const auto& info) { return core::name(info.param); });
 
 using BackendParam = std::tuple<DataType, std::string>;
 
@@ -104,6 +163,9 @@ class Backend : public ::testing::TestWithParam<BackendParam> {
   }
 };
 
+// The implementations that have a backward.
+class BackwardBackend : public Backend {};
+
 std::string backend_name(const ::testing::TestParamInfo<BackendParam>& info) {
   return identifier(core::name(std::get<0>(info.param)) + ("_" + std::get<1>(info.param)));
 }
@@ -112,15 +174,16 @@ INSTANTIATE_TEST_SUITE_P(All, Backend,
                          ::testing::Combine(::testing::ValuesIn(kDTypes),
                                             ::testing::ValuesIn(available_implementations())),
                          backend_name);
-
-TEST_P(Backend, random_cases_are_within_bounds) {
-  const auto& [dtype, implementation] = GetParam();
-  for (uint64_t seed = 0; seed < kRandomCases; ++seed) {
-    expect_right(random_case(seed), dtype, implementation);
-  }
-}
+INSTANTIATE_TEST_SUITE_P(All, BackwardBackend,
+                         ::testing::Combine(::testing::ValuesIn(kDTypes),
+                                            ::testing::ValuesIn(backward_implementations())),
+                         backend_name);
 
 // ---- Without tolerance. ----
+
+void append_values(const HostTensor& tensor, std::vector<double>& to) {
+  for (int64_t i = 0; i < tensor.num_elements(); ++i) to.push_back(tensor.get(tensor.offset_of(i)));
+}
 
 // The values of out and then of lse, in row-major order.
 std::vector<double> results(const Case& c, DataType dtype, const std::string& implementation) {
@@ -128,10 +191,27 @@ std::vector<double> results(const Case& c, DataType dtype, const std::string& im
   it.args().backend = implementation.c_str();
   EXPECT_EQ(fa_forward(&it.args()), FA_OK) << fa_last_error_message();
   std::vector<double> values;
-  for (const HostTensor* tensor : {&it.tensors().out, &it.tensors().lse}) {
-    for (int64_t i = 0; i < tensor->num_elements(); ++i) {
-      values.push_back(tensor->get(tensor->offset_of(i)));
-    }
+  append_values(it.tensors().out, values);
+  append_values(it.tensors().lse, values);
+  return values;
+}
+
+// Runs forward and backward; the backend is in the arguments.
+void run_both(PreparedCase& it) {
+  ASSERT_EQ(fa_forward(&it.args()), FA_OK) << fa_last_error_message();
+  ASSERT_EQ(fa_backward(&it.args(), &it.gradients()), FA_OK) << fa_last_error_message();
+}
+
+// The values of all gradients, in row-major order.
+std::vector<double> gradients(const Case& c, DataType dtype, const std::string& implementation,
+                              bool deterministic = false) {
+  PreparedCase it(c, dtype);
+  it.args().backend = implementation.c_str();
+  it.gradients().deterministic = deterministic ? 1 : 0;
+  run_both(it);
+  std::vector<double> values;
+  for (const HostTensor* tensor : it.tensors().gradients()) {
+    if (tensor->present()) append_values(*tensor, values);
   }
   return values;
 }
@@ -232,16 +312,21 @@ TEST_P(Backend, a_sequence_does_not_depend_on_its_batch) {
   }
 }
 
-// A large finite key and value at `poisoned` change no row that does not see it.
+// A large finite key and value at `poisoned` change no row that does not see it, of out or, with
+// the backward, of dq.
 void expect_no_leak(const Case& c, DataType dtype, const std::string& implementation,
-                    int64_t poisoned) {
+                    int64_t poisoned, bool backward) {
   PreparedCase it(c, dtype);
   CaseTensors& t = it.tensors();
   it.args().backend = implementation.c_str();
-  ASSERT_EQ(fa_forward(&it.args()), FA_OK) << fa_last_error_message();
-  const HostTensor& out = t.out;
+  const auto run = [&] {
+    if (backward) return run_both(it);
+    ASSERT_EQ(fa_forward(&it.args()), FA_OK) << fa_last_error_message();
+  };
+  run();
+  const HostTensor& rows = backward ? t.dq : t.out;
   std::vector<double> before;
-  for (int64_t i = 0; i < out.num_elements(); ++i) before.push_back(out.get(i));
+  append_values(rows, before);
 
   const double large = dtype == DataType::kFloat16 ? 6e4 : 1e30;
   for (int64_t b = 0; b < c.batch; ++b) {
@@ -251,22 +336,22 @@ void expect_no_leak(const Case& c, DataType dtype, const std::string& implementa
       t.v.set(at, large);
     }
   }
-  ASSERT_EQ(fa_forward(&it.args()), FA_OK) << fa_last_error_message();
+  run();
   const semantics::MaskBand band = semantics::mask_band(c.causal, c.window_left, c.window_right);
   const int64_t row_elements = c.num_heads * c.head_dim;
   int64_t compared = 0;
-  for (int64_t index = 0; index < out.num_elements(); ++index) {
+  for (int64_t index = 0; index < rows.num_elements(); ++index) {
     const int64_t i = index / row_elements % c.seqlen_q;
     if (semantics::is_visible(i, poisoned, c.seqlen_q, c.seqlen_k, band)) continue;
-    ASSERT_EQ(out.get(index), before[static_cast<size_t>(index)])
+    ASSERT_EQ(rows.get(index), before[static_cast<size_t>(index)])
         << "key " << poisoned << " leaks into row " << i;
     ++compared;
   }
   EXPECT_GT(compared, 0);
 }
 
-TEST_P(Backend, masked_keys_do_not_leak) {
-  const auto& [dtype, implementation] = GetParam();
+void expect_masked_keys_do_not_leak(const BackendParam& param, bool backward) {
+  const auto& [dtype, implementation] = param;
   const Case causal{.name = "leak", .seqlen_q = 130, .seqlen_k = 130, .causal = true};
   const Case window{.name = "leak",
                     .seqlen_q = 97,
@@ -276,9 +361,55 @@ TEST_P(Backend, masked_keys_do_not_leak) {
                     .window_left = 17,
                     .window_right = 3};
   for (int64_t key : {1, 15, 16, 63, 64, 65, 100, 127, 128, 129}) {
-    expect_no_leak(causal, dtype, implementation, key);
-    expect_no_leak(window, dtype, implementation, key);
+    expect_no_leak(causal, dtype, implementation, key, backward);
+    expect_no_leak(window, dtype, implementation, key, backward);
   }
+}
+
+TEST_P(Backend, masked_keys_do_not_leak) { expect_masked_keys_do_not_leak(GetParam(), false); }
+
+TEST_P(BackwardBackend, masked_keys_do_not_leak_into_dq) {
+  expect_masked_keys_do_not_leak(GetParam(), true);
+}
+
+TEST_P(BackwardBackend, storage_does_not_change_gradients) {
+  const auto& [dtype, implementation] = GetParam();
+  Case c = exact_case();
+  const std::vector<double> compact = gradients(c, dtype, implementation);
+  for (Storage storage : {Storage::kHeadsMajor, Storage::kPaddedRows}) {
+    c.storage = storage;
+    EXPECT_TRUE(same_bits(gradients(c, dtype, implementation), compact)) << describe(c);
+  }
+}
+
+TEST_P(BackwardBackend, deterministic_gradients_repeat) {
+  const auto& [dtype, implementation] = GetParam();
+  Case c = exact_case();
+  c.bias = Bias::kPerHead;
+  c.sink = Sink::kFloat32;
+  const std::vector<double> first = gradients(c, dtype, implementation, true);
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    EXPECT_TRUE(same_bits(gradients(c, dtype, implementation, true), first));
+  }
+}
+
+// Absent ones change nothing of those that are wanted.
+TEST_P(BackwardBackend, gradients_do_not_depend_on_optional_ones) {
+  const auto& [dtype, implementation] = GetParam();
+  Case c = exact_case();
+  c.bias = Bias::kFull;
+  c.sink = Sink::kOwn;
+  PreparedCase all(c, dtype), few(c, dtype);
+  all.args().backend = few.args().backend = implementation.c_str();
+  few.gradients().d_attn_bias = few.gradients().d_learnable_sink = nullptr;
+  run_both(all);
+  run_both(few);
+  CaseTensors &a = all.tensors(), &b = few.tensors();
+  EXPECT_EQ(a.dq.hash(), b.dq.hash());
+  EXPECT_EQ(a.dk.hash(), b.dk.hash());
+  EXPECT_EQ(a.dv.hash(), b.dv.hash());
+  EXPECT_TRUE(b.d_attn_bias.poisoned());
+  EXPECT_TRUE(b.d_learnable_sink.poisoned());
 }
 
 TEST_P(Backend, a_key_that_a_boolean_bias_hides_does_not_leak) {
@@ -332,6 +463,10 @@ TEST(Cases, are_all_taken_by_a_kernel_for_this_processor) {
       PreparedCase it(c, dtype);
       it.args().backend = "cpu";
       EXPECT_EQ(chosen_implementation(it.args()).rfind("cpu:", 0), 0u) << describe(c);
+      if (c.page_size > 0) continue;
+      it.args().s_dmask = nullptr;
+      EXPECT_EQ(chosen_implementation(it.args(), &it.gradients()).rfind("cpu:", 0), 0u)
+          << "the backward of " << describe(c);
     }
   }
 }

@@ -221,25 +221,27 @@ inline double unit_roundoff(core::DataType dtype) {
   }
 }
 
-// Below this a result may be 0: the least subnormal fp16; for the others, a sum of probabilities that
-// are flushed to 0 below the least normal fp32.
+// Below this a result may be 0: the least subnormal fp16; for the others, a sum of probabilities
+// that are flushed to 0 below the least normal fp32.
 inline double underflow(core::DataType dtype) {
   return dtype == core::DataType::kFloat16 ? 0x1p-24 : 0x1p-112;
 }
 
-// max |actual - reference| / bound over all elements, the arrays row-major in actual's shape; a
-// difference may be as large as the dtype's underflow for free.
-// Infinite where a NaN or an infinity stands in one only, or where a bound of 0 is not met exactly.
-inline double normalised_error(const Tensor& actual, const double* reference, const double* bound) {
+// |actual - expected| / bound of one number, of which the dtype's underflow is for free. Infinite
+// where a NaN or an infinity stands on one side only, or where a bound of 0 is not met exactly.
+inline double normalised_error(double actual, double expected, double bound, core::DataType dtype) {
   constexpr double kWrong = std::numeric_limits<double>::infinity();
+  if (actual == expected || (std::isnan(actual) && std::isnan(expected))) return 0.0;
+  if (!std::isfinite(actual) || !std::isfinite(expected) || bound == 0.0) return kWrong;
+  return std::max(0.0, std::abs(actual - expected) - underflow(dtype)) / bound;
+}
+
+// The greatest over all elements, the arrays row-major in actual's shape.
+inline double normalised_error(const Tensor& actual, const double* reference, const double* bound) {
   double worst = 0.0;
   for (int64_t index = 0; index < actual.num_elements(); ++index) {
-    const double value = actual.get(index);
-    const double expected = reference[index];
-    if (value == expected || (std::isnan(value) && std::isnan(expected))) continue;
-    if (!std::isfinite(value) || !std::isfinite(expected)) return kWrong;
-    const double difference = std::abs(value - expected) - underflow(actual.view().dtype);
-    if (difference > 0.0) worst = std::max(worst, difference / bound[index]);
+    worst = std::max(worst, normalised_error(actual.get(index), reference[index], bound[index],
+                                             actual.view().dtype));
   }
   return worst;
 }

@@ -14,30 +14,75 @@ import numpy as np
 TAGS = {"q": 1, "k": 2, "v": 3, "bias": 4, "sink": 5, "alibi": 6, "dout": 7}
 
 DEFAULTS = dict(
-    batch=2, seqlen_q=5, seqlen_k=7, lengths_q=[], lengths_k=[], seqused_k=[], spare_rows=0,
-    page_size=0, num_heads=2, num_heads_kv=2, head_dim=4, head_dim_v=4, causal=0, window_left=-1,
-    window_right=-1, softmax_scale=None, softcap=0.0, alibi_rank=0, bias_shape=[], boolean_bias=0,
-    sink=0, dropout_p=0.0, seed=0, offset=0)
+    batch=2,
+    seqlen_q=5,
+    seqlen_k=7,
+    lengths_q=[],
+    lengths_k=[],
+    seqused_k=[],
+    spare_rows=0,
+    page_size=0,
+    num_heads=2,
+    num_heads_kv=2,
+    head_dim=4,
+    head_dim_v=4,
+    causal=0,
+    window_left=-1,
+    window_right=-1,
+    softmax_scale=None,
+    softcap=0.0,
+    alibi_rank=0,
+    bias_shape=[],
+    boolean_bias=0,
+    sink=0,
+    dropout_p=0.0,
+    seed=0,
+    offset=0,
+)
 
 CASES = {
     "plain": {},
     "causal_more_keys": dict(seqlen_q=4, seqlen_k=9, causal=1, head_dim=3, head_dim_v=5),
     "causal_more_queries": dict(seqlen_q=9, seqlen_k=4, causal=1, sink=1),
     "window_softcap_scale": dict(
-        seqlen_q=8, seqlen_k=11, window_left=2, window_right=3, softcap=1.5, softmax_scale=0.75),
+        seqlen_q=8, seqlen_k=11, window_left=2, window_right=3, softcap=1.5, softmax_scale=0.75
+    ),
     "alibi_gqa": dict(num_heads=6, num_heads_kv=2, alibi_rank=2, causal=1, window_left=3),
     "bias_broadcast": dict(
-        num_heads=4, num_heads_kv=2, bias_shape=[4, 1, 7], softcap=2.0, alibi_rank=1),
+        num_heads=4, num_heads_kv=2, bias_shape=[4, 1, 7], softcap=2.0, alibi_rank=1
+    ),
     "bias_boolean": dict(seqlen_q=6, seqlen_k=3, bias_shape=[2, 1, 6, 3], boolean_bias=1),
     "dropout": dict(
-        seqlen_q=9, seqlen_k=21, dropout_p=0.4, seed=0x123456789ABCDEF0, offset=0xFEDCBA9876543210,
-        head_dim=2, head_dim_v=2),
+        seqlen_q=9,
+        seqlen_k=21,
+        dropout_p=0.4,
+        seed=0x123456789ABCDEF0,
+        offset=0xFEDCBA9876543210,
+        head_dim=2,
+        head_dim_v=2,
+    ),
     "varlen": dict(
-        lengths_q=[3, 0, 6, 2], lengths_k=[5, 4, 3, 0], spare_rows=2, causal=1, sink=1,
-        num_heads=4, num_heads_kv=2, dropout_p=0.25, seed=77, bias_shape=[6, 5]),
+        lengths_q=[3, 0, 6, 2],
+        lengths_k=[5, 4, 3, 0],
+        spare_rows=2,
+        causal=1,
+        sink=1,
+        num_heads=4,
+        num_heads_kv=2,
+        dropout_p=0.25,
+        seed=77,
+        bias_shape=[6, 5],
+    ),
     "paged": dict(
-        lengths_q=[4, 1, 3], lengths_k=[11, 6, 8], seqused_k=[9, 6, 0], page_size=3, window_left=4,
-        num_heads=4, num_heads_kv=1, alibi_rank=1),
+        lengths_q=[4, 1, 3],
+        lengths_k=[11, 6, 8],
+        seqused_k=[9, 6, 0],
+        page_size=3,
+        window_left=4,
+        num_heads=4,
+        num_heads_kv=1,
+        alibi_rank=1,
+    ),
 }
 
 
@@ -65,8 +110,9 @@ def philox4x32_10(counter, key):
     return c
 
 
-assert philox4x32_10([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-                     [0xA4093822, 0x299F31D0]) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+assert philox4x32_10(
+    [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
+) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
 def dropout_factors(case, batch, head, rows, keys):
@@ -135,11 +181,21 @@ def one_head(case, q, k, v, dout, slope, bias, sink, factors):
     delta, delta_bound = (dout * out).sum(1), (np.abs(dout) * bound).sum(1)
     ds = probability * (dp - delta[:, None])
     ds_bound = probability * (dp_bound + delta_bound[:, None])
-    dqk, dqk_bound = scale * slope_of_cap * ds, scale * slope_of_cap * ds_bound
+    dqk = scale * slope_of_cap * ds
+    dqk_bound = scale * (2.0 - slope_of_cap) * ds_bound  # 1 - tanh^2, and so 1 + tanh^2
     result = dict(
-        out=out, lse=lse, bound=bound, dq=dqk @ k, dk=dqk.T @ q, dv=weights.T @ dout, d_bias=ds,
-        dq_bound=dqk_bound @ np.abs(k), dk_bound=dqk_bound.T @ np.abs(q),
-        dv_bound=weights.T @ np.abs(dout), d_bias_bound=ds_bound)
+        out=out,
+        lse=lse,
+        bound=bound,
+        dq=dqk @ k,
+        dk=dqk.T @ q,
+        dv=weights.T @ dout,
+        d_bias=ds,
+        dq_bound=dqk_bound @ np.abs(k),
+        dk_bound=dqk_bound.T @ np.abs(q),
+        dv_bound=weights.T @ np.abs(dout),
+        d_bias_bound=ds_bound,
+    )
     if sink is not None:
         share = np.exp(sink - lse)
         result.update(d_sink=-(share * delta).sum(), d_sink_bound=(share * delta_bound).sum())
@@ -161,8 +217,12 @@ def layout(case):
     """Per sequence the row numbers of q and of k; then the shapes before [heads, head_dim]."""
     if not case["lengths_q"]:
         b, sq, sk = case["batch"], case["seqlen_q"], case["seqlen_k"]
-        return ([np.arange(n * sq, (n + 1) * sq) for n in range(b)],
-                [np.arange(n * sk, (n + 1) * sk) for n in range(b)], b * sq, b * sk)
+        return (
+            [np.arange(n * sq, (n + 1) * sq) for n in range(b)],
+            [np.arange(n * sk, (n + 1) * sk) for n in range(b)],
+            b * sq,
+            b * sk,
+        )
     ends_q = np.cumsum([0] + case["lengths_q"])
     ends_k = np.cumsum([0] + case["lengths_k"])
     used = case["seqused_k"] or case["lengths_k"]
@@ -173,8 +233,10 @@ def layout(case):
         return rows_q, rows_k, total_q, ends_k[-1] + case["spare_rows"]
     size = case["page_size"]
     number, table = block_table(case)
-    rows_k = [np.array([table[n][j // size] * size + j % size for j in range(used[n])], dtype=int)
-              for n in range(len(used))]
+    rows_k = [
+        np.array([table[n][j // size] * size + j % size for j in range(used[n])], dtype=int)
+        for n in range(len(used))
+    ]
     return rows_q, rows_k, total_q, number * size
 
 
@@ -196,13 +258,15 @@ def run(case):
     bias = None
     if case["bias_shape"]:
         count = int(np.prod(case["bias_shape"]))
-        values = (formula_bits("bias", count) % np.uint64(4) != 0 if case["boolean_bias"]
-                  else formula("bias", (count,))).reshape(case["bias_shape"])
+        values = (
+            formula_bits("bias", count) % np.uint64(4) != 0
+            if case["boolean_bias"]
+            else formula("bias", (count,))
+        ).reshape(case["bias_shape"])
         bias = np.broadcast_to(values, (batch, h, max_q, max_k))
 
     lse = np.full((total_q, h), np.inf)
-    shaped_like = dict(
-        out=dout, bound=dout, dq=q, dk=k, dv=v, dq_bound=q, dk_bound=k, dv_bound=v)
+    shaped_like = dict(out=dout, bound=dout, dq=q, dk=k, dv=v, dq_bound=q, dk_bound=k, dv_bound=v)
     sums = {name: np.zeros_like(like) for name, like in shaped_like.items()}
     d_bias = {name: np.zeros((batch, h, max_q, max_k)) for name in ("d_bias", "d_bias_bound")}
     d_sink = {name: np.zeros(h) for name in ("d_sink", "d_sink_bound")}
@@ -210,16 +274,23 @@ def run(case):
         for head in range(h):
             rows, keys, kv = rows_q[b], rows_k[b], head // (h // hk)
             it = one_head(
-                case, q[rows, head], k[keys, kv], v[keys, kv], dout[rows, head], slopes[b, head],
-                None if bias is None else bias[b, head], sinks[head],
-                dropout_factors(case, b, head, len(rows), len(keys)))
+                case,
+                q[rows, head],
+                k[keys, kv],
+                v[keys, kv],
+                dout[rows, head],
+                slopes[b, head],
+                None if bias is None else bias[b, head],
+                sinks[head],
+                dropout_factors(case, b, head, len(rows), len(keys)),
+            )
             lse[rows, head] = it["lse"]
             for name in ("out", "bound", "dq", "dq_bound"):
                 sums[name][rows, head] = it[name]
             for name in ("dk", "dv", "dk_bound", "dv_bound"):
                 sums[name][keys, kv] += it[name]
             for name in d_bias:
-                d_bias[name][b, head, :len(rows), :len(keys)] = it[name]
+                d_bias[name][b, head, : len(rows), : len(keys)] = it[name]
             for name in d_sink:
                 d_sink[name][head] += it.get(name, 0.0)
 
