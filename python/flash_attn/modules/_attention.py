@@ -128,16 +128,20 @@ class FlashCrossAttention(nn.Module):
 
 
 def _options(module: Any, causal: bool | None) -> dict[str, Any]:
-    slopes = module.alibi_slopes
     return {
         "dropout_p": module.drop.p if module.training else 0.0,
         "softmax_scale": module.softmax_scale,
         "causal": module.causal if causal is None else causal,
         "window_size": module.window_size,
-        # A model cast to 16 bits has cast them too.
-        "alibi_slopes": None if slopes is None else slopes.to(torch.float32),
+        "alibi_slopes": slopes_of(module),
         "deterministic": module.deterministic,
     }
+
+
+def slopes_of(module: Any) -> torch.Tensor | None:
+    """The module's slopes in fp32: a model cast to 16 bits has cast them too."""
+    slopes = module.alibi_slopes
+    return None if slopes is None else slopes.to(torch.float32)
 
 
 def _check_given(**arguments: Any) -> None:

@@ -27,6 +27,7 @@ from ._attention import (
     SelfAttention,
     Window,
     get_alibi_slopes,
+    slopes_of,
 )
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ class _CachedAttention(nn.Module):
             softmax_scale=attention.softmax_scale,
             causal=attention.causal,
             window_size=attention.window_size,
-            alibi_slopes=attention.alibi_slopes,
+            alibi_slopes=slopes_of(attention),
             **rotary,
         )
 

@@ -42,7 +42,9 @@ def apply_rotary(
     inplace: bool = False,
     conjugate: bool = False,
 ) -> torch.Tensor:
-    """Rotates the first rotary_dim elements of each head. Not differentiable; layers.rotary is.
+    """Rotates the first rotary_dim elements of each head.
+
+    Gradients flow as through any PyTorch operators; layers.rotary keeps less for them.
 
     Arguments:
         x: [batch, seqlen, heads, head_dim]; with cu_seqlens [total, heads, head_dim]. Any floating
@@ -97,9 +99,9 @@ def rotate(
     x0, x1 = (half.to(cos.dtype) for half in _halves(x, angles.rotary_dim, interleaved))
     rotated0 = (x0 * cos).addcmul_(x1, sin, value=-1)
     rotated1 = (x0 * sin).addcmul_(x1, cos)
-    out0, out1 = _halves(out, angles.rotary_dim, interleaved)
-    out0.copy_(rotated0)
-    out1.copy_(rotated1)
+    # Autograd wants the second view to be made after the first was written.
+    _halves(out, angles.rotary_dim, interleaved)[0].copy_(rotated0)
+    _halves(out, angles.rotary_dim, interleaved)[1].copy_(rotated1)
 
 
 def _halves(

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-DEVICE = os.environ.get("FLASH_ATTENTION_TEST_DEVICE", "cpu")
+# Before the test modules are read: they hold tensors.
+if "FLASH_ATTENTION_TEST_DEVICE" in os.environ:
+    torch.set_default_device(os.environ["FLASH_ATTENTION_TEST_DEVICE"])
 
 
 @pytest.fixture(autouse=True)
-def gradients_seed_and_device() -> Iterator[None]:
+def gradients_and_seed() -> Iterator[None]:
     """The other tests run without gradients, process-wide."""
     torch.manual_seed(0)
-    with torch.enable_grad(), torch.device(DEVICE):
+    with torch.enable_grad():
         yield

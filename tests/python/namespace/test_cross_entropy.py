@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import DTYPES, assert_rounded_once
 from torch.autograd import gradcheck
 
 from flash_attn.losses.cross_entropy import CrossEntropyLoss
 from flash_attn.ops.triton import cross_entropy
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+from .plain import DTYPES, assert_rounded_once
 
 OPTIONS = [
     {},
@@ -142,11 +143,29 @@ def test_large_logits_stay_finite():
 @pytest.mark.parametrize(("label", "is_wrong"), [(-1, True), (5, True), (4, False), (-100, False)])
 def test_labels_out_of_range_are_refused(label, is_wrong):
     logits, labels = torch.zeros(2, 5), torch.tensor([0, label])
-    if not is_wrong:
-        cross_entropy_loss(logits, labels)
+    if is_wrong and labels.device.type == "cpu":
+        with pytest.raises(ValueError, match=rf"labels: must be in \[0, 5\) .* one is {label}"):
+            cross_entropy_loss(logits, labels)
         return
-    with pytest.raises(ValueError, match=rf"labels: must be in \[0, 5\) .* one is {label}"):
-        cross_entropy_loss(logits, labels)
+    losses, _ = cross_entropy_loss(logits.requires_grad_(), labels)
+    losses.sum().backward()
+    # Elsewhere than on the CPU such a row has neither loss nor gradient.
+    nothing = is_wrong or label == -100
+    assert (losses[1] == 0.0) == nothing and logits.grad[1].any() != nothing
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_labels_out_of_range_where_they_are_not_looked_at(smoothing, monkeypatch):
+    """As on a GPU: no term of the label, and a gradient that fits the loss."""
+    monkeypatch.setattr(cross_entropy, "_check_labels", lambda labels, options: None)
+    logits, labels = torch.randn(2, 5, dtype=torch.float64), torch.tensor([-1, 7])
+    options = {"label_smoothing": smoothing, "lse_square_scale": 0.1}
+    losses, z_losses = cross_entropy_loss(logits, labels, **options)
+    lse = torch.logsumexp(logits, 1)
+    torch.testing.assert_close(losses, smoothing * (lse - logits.mean(1)) + 0.1 * lse**2)
+    torch.testing.assert_close(z_losses, 0.1 * lse**2)
+    logits.requires_grad_()
+    assert gradcheck(lambda x: cross_entropy_loss(x, labels, **options)[0], logits)
 
 
 def test_wrong_shapes_are_refused():

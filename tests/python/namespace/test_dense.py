@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import DTYPES, assert_rounded_once
 from torch.autograd import gradcheck
 
 from flash_attn.layers.patch_embed import PatchEmbed
@@ -25,6 +24,8 @@ from flash_attn.ops.activations import (
     swiglu_fwd,
 )
 from flash_attn.ops.fused_dense import FusedDense, FusedMLP, fused_dense_func, fused_mlp_func
+
+from .plain import DTYPES, assert_rounded_once
 
 
 def gelu(x):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import attention, not_after
 from torch import nn
 
 import flash_attn
@@ -28,6 +27,8 @@ from flash_attn.modules.mha import (
 from flash_attn.modules.mlp import FusedMLP, Mlp
 from flash_attn.ops.triton.layer_norm import RMSNorm
 from flash_attn.utils.generation import InferenceParams
+
+from .plain import attention, not_after
 
 HAS_LIBRARY = any((Path(flash_attn.__file__).parent / "lib").glob("flash_attn_plus_ffi*"))
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="the native library is not built")
@@ -514,3 +515,19 @@ def test_as_safari_uses_it():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("window_size", [(-1, -1), (2, 0)])
+def test_decoding_with_alibi_and_a_window(window_size):
+    """What the original forgets when it decodes: the window; and slopes in 16 bits."""
+    options = {"causal": True, "use_alibi": True, "window_size": window_size, "layer_idx": 0}
+    module = MHA(DIM, HEADS, use_flash_attn=True, **options).bfloat16()
+    x = torch.randn(2, 7, DIM, dtype=torch.bfloat16)
+    params = InferenceParams(max_seqlen=8, max_batch_size=2)
+    outs = [module(x[:, :3], inference_params=params)]
+    for t in range(3, 7):
+        params.seqlen_offset = t
+        outs.append(module(x[:, t : t + 1], inference_params=params))
+    torch.testing.assert_close(torch.cat(outs, 1), module(x), rtol=2e-2, atol=2e-2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import DTYPES, assert_rounded_once
 from torch.autograd import gradcheck
 
 from flash_attn.ops import layer_norm as ops_layer_norm
@@ -18,6 +17,8 @@ from flash_attn.ops.triton.layer_norm import (
     rms_norm_fn,
     rms_norm_ref,
 )
+
+from .plain import DTYPES, assert_rounded_once
 
 N = 24
 EPS = 1e-3

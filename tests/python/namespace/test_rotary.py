@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain import DTYPES, assert_rounded_once
 from torch.autograd import gradcheck
 
 from flash_attn.layers.rotary import (
@@ -17,6 +16,8 @@ from flash_attn.layers.rotary import (
     rotate_half,
 )
 from flash_attn.ops.triton.rotary import apply_rotary
+
+from .plain import DTYPES, assert_rounded_once
 
 HEAD_DIM = 12
 
@@ -402,3 +403,9 @@ def test_wrong_packed_tensors_are_refused():
         apply_rotary_emb_kv_(torch.zeros(1, 4, 3, 2, 12), cos, sin)
     with pytest.raises(ValueError, match="max_seqlen"):
         RotaryEmbedding(8)(torch.zeros(2, 4, 3, 2, 12), seqlen_offset=torch.tensor([1, 2]))
+
+
+def test_the_operator_itself_is_differentiable():
+    cos, sin = tables()
+    x = torch.randn(1, 3, 1, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: apply_rotary(x, cos, sin, interleaved=True, conjugate=True), x)
