@@ -13,7 +13,7 @@ fail() {
 # Changes when anything does that a wheel is made of.
 source_digest() {
   {
-    find src include cmake python tools -type f -not -path '*/__pycache__/*'
+    find src include cmake python tools packaging -type f -not -path '*/__pycache__/*'
     ls CMakeLists.txt pyproject.toml README.md LICENSE tests/*.h tests/*.cc
   } 2>/dev/null | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-16
 }

@@ -104,6 +104,7 @@ def forward(
     options: Options,
     wants_lse: bool,
     seed: int | None = None,
+    offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
     """(out, softmax_lse, S_dmask, seed of the dropout mask); what is not wanted is None."""
     q, k, v = usable(q), usable(k), usable(v)
@@ -119,7 +120,9 @@ def forward(
         raise _no_memory(q, v, error) from None
     if seed is None:
         seed = draw_seed() if dropout_p else 0
-    arguments = _arguments(q, k, v, out, lse, s_dmask, attn_bias, learnable_sink, options, seed)
+    arguments = _arguments(
+        q, k, v, out, lse, s_dmask, attn_bias, learnable_sink, options, seed, offset
+    )
     try:
         _native.forward(*arguments)
     except _CLARIFIED as error:
@@ -139,6 +142,7 @@ def backward(
     learnable_sink: torch.Tensor | None,
     options: Options,
     seed: int,
+    offset: int = 0,
 ) -> None:
     """Writes the gradients: (dout, dq, dk, dv, d_attn_bias, d_learnable_sink)."""
     arguments = (
@@ -155,6 +159,7 @@ def backward(
             learnable_sink,
             options,
             seed,
+            offset,
         ),
     )
     try:
@@ -232,6 +237,7 @@ def _arguments(
     learnable_sink: torch.Tensor | None,
     options: Options,
     seed: int,
+    offset: int = 0,
 ) -> tuple[Any, ...]:
     """The native functions' arguments, in the order of _native.ARGUMENTS."""
     try:
@@ -265,7 +271,7 @@ def _arguments(
         options.softcap,
         options.dropout_p,
         seed,
-        0,
+        offset,
         None,
     )
 
@@ -295,9 +301,10 @@ def with_kvcache(
     return out, lse
 
 
-def draw_seed() -> int:
-    """A seed for the dropout mask, from PyTorch's default CPU generator."""
-    return int(torch.empty((), dtype=torch.int64).random_())
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """A seed for the dropout mask, from `generator` or PyTorch's default CPU generator."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.empty((), dtype=torch.int64, device=device).random_(generator=generator))
 
 
 def usable(x: torch.Tensor) -> torch.Tensor:

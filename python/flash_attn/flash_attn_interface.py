@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import torch
 
+from . import _binding as flash_attn_gpu  # clients call its functions through this name
 from ._attention import (
     KV_PACKED,
     QKV_PACKED,
@@ -56,9 +57,16 @@ from ._attention import (
     with_kvcache,
 )
 from ._attention import round_multiple as round_multiple  # clients import it from here
+from ._private import (  # and these
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+)
 
 __all__ = [
     "flash_attn_func",
+    "flash_attn_gpu",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
@@ -66,6 +74,12 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+# The original's operators of PyTorch, which are these functions here.
+_wrapped_flash_attn_forward = _flash_attn_forward
+_wrapped_flash_attn_backward = _flash_attn_backward
+_wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
+_wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 
 
 def maybe_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,253 @@
+"""Models of transformers with attn_implementation="flash_attention_plus" do as with "eager"."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="4.48")
+
+from flash_attn.integrations.transformers import (  # noqa: E402
+    NAME,
+    flash_attention_plus_forward,
+)
+
+# Of max |logits - eager's|, which are of size 1.
+TOLERANCE = 2e-5
+VOCABULARY = 96
+BATCH, LENGTH = 3, 24
+_COMMON: dict[str, Any] = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+
+
+def build(name: str, implementation: str) -> torch.nn.Module:
+    """A small model with the same weights whatever the implementation."""
+    group = dict(num_key_value_heads=2, head_dim=16)
+    configuration, model = {
+        "bert": lambda: (transformers.BertConfig(**_COMMON), "BertForMaskedLM"),
+        "llama": lambda: (transformers.LlamaConfig(**_COMMON, **group), "LlamaForCausalLM"),
+        "mistral": lambda: (
+            transformers.MistralConfig(**_COMMON, **group, sliding_window=6),
+            "MistralForCausalLM",
+        ),
+        "gemma2": lambda: (
+            transformers.Gemma2Config(
+                **_COMMON,
+                **group,
+                sliding_window=6,
+                attn_logit_softcapping=2.0,
+                query_pre_attn_scalar=16,
+            ),
+            "Gemma2ForCausalLM",
+        ),
+        "gpt_oss": lambda: (
+            transformers.GptOssConfig(
+                **_COMMON,
+                **group,
+                sliding_window=6,
+                num_local_experts=2,
+                num_experts_per_tok=1,
+            ),
+            "GptOssForCausalLM",
+        ),
+    }[name]()
+    configuration.attention_dropout = 0.0
+    if name == "bert":
+        configuration.hidden_dropout_prob = configuration.attention_probs_dropout_prob = 0.0
+    torch.manual_seed(0)
+    built = getattr(transformers, model)._from_config(
+        configuration, attn_implementation=implementation
+    )
+    assert built.config._attn_implementation == implementation
+    return built.eval()
+
+
+@pytest.fixture(scope="module")
+def models() -> Callable[[str], tuple[torch.nn.Module, torch.nn.Module]]:
+    """(eager, ours) of a name, built once, with the same weights."""
+    known: dict[str, tuple[torch.nn.Module, torch.nn.Module]] = {}
+
+    def pair(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+        if name not in known:
+            eager, ours = build(name, "eager"), build(name, NAME)
+            if name == "gpt_oss":
+                for parameter, value in eager.named_parameters():
+                    if parameter.endswith("sinks"):
+                        torch.nn.init.normal_(value)
+            ours.load_state_dict(eager.state_dict())
+            known[name] = eager, ours
+        return known[name]
+
+    return pair
+
+
+def pair_of(
+    name: str, models: Callable[[str], tuple[torch.nn.Module, torch.nn.Module]]
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    if name == "gpt_oss" and not hasattr(transformers, "GptOssConfig"):
+        pytest.skip("this release of transformers has no gpt-oss")
+    return models(name)
+
+
+DECODERS = ["llama", "mistral", "gemma2", "gpt_oss"]
+NAMES = ["bert", *DECODERS]
+
+
+def tokens(length: int = LENGTH, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (BATCH, length), generator=generator)
+
+
+def padding(side: str, length: int = LENGTH) -> torch.Tensor:
+    """A mask [BATCH, length] of sequences of several lengths."""
+    mask = torch.ones(BATCH, length, dtype=torch.long)
+    for row, missing in enumerate((0, 5, length - 3)):
+        if side == "left":
+            mask[row, :missing] = 0
+        else:
+            mask[row, length - missing :] = 0
+    return mask
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_logits(name, side, models):
+    eager, ours = pair_of(name, models)
+    inputs = {"input_ids": tokens()}
+    seen = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    if side is not None:
+        inputs["attention_mask"] = padding(side)
+        seen = inputs["attention_mask"].bool()
+    expected, actual = eager(**inputs).logits, ours(**inputs).logits
+    assert expected.std() > 0.1
+    assert (actual - expected)[seen].abs().max() < TOLERANCE * expected.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_greedy_generation(name, padded, models):
+    eager, ours = pair_of(name, models)
+    mask = padding("left") if padded else torch.ones(BATCH, LENGTH, dtype=torch.long)
+    arguments: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=10, do_sample=False)
+    expected = eager.generate(tokens(), **arguments)
+    assert expected.shape == (BATCH, LENGTH + 10)
+    assert torch.equal(ours.generate(tokens(), **arguments), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_step(name, models):
+    mask = padding("right")
+    labels = tokens().masked_fill(mask == 0, -100)
+    results = []
+    for model in pair_of(name, models):
+        model = copy.deepcopy(model).train()
+        with torch.enable_grad():
+            loss = model(input_ids=tokens(), attention_mask=mask, labels=labels).loss
+            loss.backward()
+        gradients = {key: x.grad for key, x in model.named_parameters() if x.grad is not None}
+        results.append((loss.detach(), gradients))
+    (expected_loss, expected), (loss, actual) = results
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    assert actual.keys() == expected.keys()
+    scale = max(x.abs().max() for x in expected.values())
+    for key, want in expected.items():
+        assert (actual[key] - want).abs().max() < 1e-5 * scale, key
+    if name == "gpt_oss":
+        assert any(key.endswith("sinks") and x.any() for key, x in actual.items())
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+def test_packed_sequences_equal_separate_ones(name, models):
+    _, ours = pair_of(name, models)
+    lengths = [7, 1, 12]
+    rows = tokens()[0, : sum(lengths)].split(lengths)
+    expected = torch.cat([ours(input_ids=row[None]).logits for row in rows], 1)
+    packed = torch.cat(rows)[None]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    by_positions = ours(input_ids=packed, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(by_positions, expected, rtol=1e-5, atol=TOLERANCE)
+    cu_seqlens = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
+    by_lengths = ours(
+        input_ids=packed,
+        position_ids=positions,
+        use_cache=False,
+        cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens,
+        max_length_q=12,
+        max_length_k=12,
+    ).logits
+    assert torch.equal(by_lengths, by_positions)
+
+
+def test_a_mask_of_the_callers_own(models):
+    eager, ours = models("llama")
+    keep = torch.rand(BATCH, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(2)) > 0.4
+    keep |= torch.eye(LENGTH, dtype=torch.bool)
+    additive = torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
+    expected = eager(input_ids=tokens(), attention_mask=additive).logits
+    for mask in (additive, keep):
+        actual = ours(input_ids=tokens(), attention_mask=mask).logits
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=TOLERANCE)
+
+
+def test_a_static_cache(models):
+    eager, ours = models("llama")
+    arguments: dict[str, Any] = dict(
+        attention_mask=padding("left"),
+        max_new_tokens=10,
+        do_sample=False,
+        cache_implementation="static",
+        disable_compile=True,
+    )
+    expected = eager.generate(tokens(), **arguments)
+    assert torch.equal(ours.generate(tokens(), **arguments), expected)
+
+
+def test_the_implementation_of_a_built_model_can_be_changed(models):
+    eager, ours = models("llama")
+    model = copy.deepcopy(eager)
+    model.set_attn_implementation(NAME)
+    assert torch.equal(model(input_ids=tokens()).logits, ours(input_ids=tokens()).logits)
+
+
+def function_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randn(2, 4, 7, 16, generator=generator)
+    k, v = torch.randn(2, 2, 2, 9, 16, generator=generator)
+    return SimpleNamespace(is_causal=False), q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def test_padding_of_other_sequences_than_the_queries():
+    module, q, k, v = function_inputs(torch.float32)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 4:] = False
+    out, weights = flash_attention_plus_forward(module, q, k, v, mask)
+    assert out.shape == (2, 7, 4, 16) and weights is None
+    short, _ = flash_attention_plus_forward(module, q[1:], k[1:, :, :4], v[1:, :, :4], None)
+    torch.testing.assert_close(out[1:], short)
+
+
+def test_dtypes_that_differ_take_that_of_the_values():
+    module, q, k, v = function_inputs(torch.bfloat16)
+    out, _ = flash_attention_plus_forward(module, q.float(), k.float(), v, None)
+    assert torch.equal(out, flash_attention_plus_forward(module, q, k, v, None)[0])
+
+
+def test_a_paged_cache_is_refused():
+    with pytest.raises(NotImplementedError, match="cache"):
+        flash_attention_plus_forward(*function_inputs(torch.float32), None, cache=object())
