@@ -488,7 +488,7 @@ inline constexpr Case kCases[] = {
      .storage = Storage::kHeadsMajor},
 };
 
-// Quick are the cases up to this cost: about half of the time for four fifths of the table, in
+// Quick are the cases up to this cost: a third of the time for three quarters of the table, in
 // which every option still occurs.
 inline constexpr int64_t kQuickCost = 12'000'000;
 

@@ -70,12 +70,11 @@ def attention(
     options: Options,
 ) -> Result:
     """What the public functions return, for q, k and v packed as `packing` says."""
-    for name, tensor in zip(packing.names, tensors):
+    for tensor in tensors:
         if not isinstance(tensor, _Tensor):
-            raise TypeError(f"{name}: must be a torch.Tensor, is {type(tensor).__name__}")
-    for name, tensor, count in zip(packing.names, tensors, packing.counts):
-        if count > 1:
-            _check_packed(name, tensor, count, 4 if options.cu_seqlens_q is not None else 5)
+            raise _not_a_tensor(packing, tensors)
+    if packing is not SEPARATE:
+        _check_packed(packing, tensors, 4 if options.cu_seqlens_q is not None else 5)
     if _is_grad_enabled() and _needs_gradient(*tensors, attn_bias, learnable_sink):
         if options.block_table is not None:
             raise NotImplementedError(
@@ -362,16 +361,28 @@ def round_multiple(x: int, m: int) -> int:
 
 
 def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    return any(getattr(tensor, "requires_grad", False) for tensor in tensors)
+    # A generator for any() would cost a microsecond.
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and getattr(tensor, "requires_grad", False):
+            return True
+    return False
 
 
-def _check_packed(name: str, packed: torch.Tensor, count: int, rank: int) -> None:
-    if packed.dim() == rank and packed.size(-3) == count:
-        return
-    layout = f"[batch, seqlen, {count}, num_heads, head_dim]"
-    if rank == 4:
-        layout = f"[total, {count}, num_heads, head_dim]"
-    raise ValueError(f"{name}: must have shape {layout}, has {list(packed.shape)}")
+def _not_a_tensor(packing: Packing, tensors: tuple[object, ...]) -> TypeError:
+    for name, tensor in zip(packing.names, tensors):
+        if not isinstance(tensor, _Tensor):
+            return TypeError(f"{name}: must be a torch.Tensor, is {type(tensor).__name__}")
+    raise AssertionError("all are tensors")
+
+
+def _check_packed(packing: Packing, tensors: tuple[torch.Tensor, ...], rank: int) -> None:
+    for name, packed, count in zip(packing.names, tensors, packing.counts):
+        if count == 1 or (packed.dim() == rank and packed.size(-3) == count):
+            continue
+        layout = f"[batch, seqlen, {count}, num_heads, head_dim]"
+        if rank == 4:
+            layout = f"[total, {count}, num_heads, head_dim]"
+        raise ValueError(f"{name}: must have shape {layout}, has {list(packed.shape)}")
 
 
 def length(name: str, value: object) -> int:

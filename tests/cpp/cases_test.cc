@@ -30,7 +30,11 @@ namespace {
 
 using core::DataType;
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr uint64_t kRandomCases = 40;  // instrumented, they take ten times as long
+#else
 constexpr uint64_t kRandomCases = 200;
+#endif
 
 // Oracles take longer than kernels: the last one is kept, since the implementations of one case and
 // dtype follow each other.
