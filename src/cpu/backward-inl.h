@@ -40,7 +40,7 @@ class BackwardTaskRun {
         batch_(batch),
         k_row_(round_up(problem_.head_dim, kMaxLanes)),
         v_row_(round_up(problem_.head_dim_v, kMaxLanes)) {
-    const BackwardScratch layout = BackwardScratch::layout(problem_);
+    const BackwardScratch layout = BackwardScratch::layout(problem_, call.tile_keys);
     q_ = scratch + layout.q;
     dout_ = scratch + layout.dout;
     k_ = scratch + layout.k;
@@ -75,18 +75,18 @@ class BackwardTaskRun {
   // dK and dV of a chunk of keys, and its share of dQ.
   HWY_INLINE void differentiate(int64_t chunk) const {
     const int64_t seqlen_k = run_.sequence().seqlen_k;
-    const int64_t num_tiles = (seqlen_k + kTileKeys - 1) / kTileKeys;
+    const int64_t num_tiles = (seqlen_k + call_.tile_keys - 1) / call_.tile_keys;
     const semantics::Range keys{
-        chunk * num_tiles / call_.num_chunks * kTileKeys,
-        std::min((chunk + 1) * num_tiles / call_.num_chunks * kTileKeys, seqlen_k)};
+        chunk * num_tiles / call_.num_chunks * call_.tile_keys,
+        std::min((chunk + 1) * num_tiles / call_.num_chunks * call_.tile_keys, seqlen_k)};
     for (int64_t p = 0; p < num_panels_; ++p) {
       std::fill_n(panel(p).dq + chunk * kPanel * k_row_, kPanel * k_row_, 0.0f);
     }
     run_.for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
       run_.load_rows(args_.k, tile, k_row_, k_);
       run_.load_rows(args_.v, tile, v_row_, v_);
-      std::fill_n(dk_, kTileKeys * k_row_, 0.0f);
-      std::fill_n(dv_, kTileKeys * v_row_, 0.0f);
+      std::fill_n(dk_, call_.tile_keys * k_row_, 0.0f);
+      std::fill_n(dv_, call_.tile_keys * v_row_, 0.0f);
       for (int64_t p = 0; p < num_panels_; ++p) accumulate(panel(p), tile, chunk);
       const float keep = 1.0f / (1.0f - static_cast<float>(args_.dropout_p));
       run_.store_rows(args_.dk, tile, dk_, k_row_, static_cast<float>(core::softmax_scale(args_)));
@@ -112,7 +112,9 @@ class BackwardTaskRun {
   // Leaves P, masked by dropout, in p_ and dS, before softcap's derivative, in ds_. k_ and v_ hold
   // the tile.
   HWY_INLINE void compute_gradients(const BackwardPanel& panel, const ScoreTile& tile) const {
-    run_.compute_scores(panel.q, k_, k_row_, panel, tile, derivatives_);
+    score_product(panel.q, panel.vectors(), k_, k_row_, problem_.head_dim,
+                  run_.keys_of(panel, tile), p_);
+    run_.finish_scores(panel, tile, derivatives_);
     score_product(panel.dout, panel.vectors(), v_, v_row_, problem_.head_dim_v,
                   run_.keys_of(panel, tile), ds_);
     if (problem_.dropout) {
@@ -219,13 +221,13 @@ class BackwardTaskRun {
   int64_t first_panel_;  // their number in the call
   float* q_;             // Q and dO of a panel, not transposed: [kPanel][k_row], [kPanel][v_row]
   float* dout_;
-  float* k_;  // the tile: [kTileKeys][k_row], [kTileKeys][v_row]
+  float* k_;  // the tile: [tile_keys][k_row], [tile_keys][v_row]
   float* v_;
   float* dk_;
   float* dv_;
-  float* p_;            // [kTileKeys][kPanel]
-  float* ds_;           // [kTileKeys][kPanel]
-  float* derivatives_;  // of softcap: [kTileKeys][kPanel]; null without
+  float* p_;            // [tile_keys][kPanel]
+  float* ds_;           // [tile_keys][kPanel]
+  float* derivatives_;  // of softcap: [tile_keys][kPanel]; null without
 };
 
 void backward_prepare(const BackwardCall& call, const BackwardTask& task, float* scratch) {

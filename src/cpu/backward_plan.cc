@@ -17,9 +17,9 @@ using core::Status;
 constexpr int64_t kWantedTasks = 32;
 constexpr int64_t kMaxChunks = 8;
 
-int64_t num_chunks(const AttentionProblem& problem) {
+int64_t num_chunks(const AttentionProblem& problem, int64_t tile_keys) {
   const int64_t sequences = std::max<int64_t>(problem.batch * problem.num_heads_kv, 1);
-  const int64_t tiles = (problem.seqlen_k + kTileKeys - 1) / kTileKeys;
+  const int64_t tiles = (problem.seqlen_k + tile_keys - 1) / tile_keys;
   const int64_t wanted = std::min((kWantedTasks + sequences - 1) / sequences, kMaxChunks);
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles, 1));
 }
@@ -58,8 +58,8 @@ class BackwardPlan final : public core::Plan {
   BackwardPlan(const AttentionProblem& problem, const InstructionSet& set)
       : problem_(problem),
         set_(set),
-        num_chunks_(num_chunks(problem)),
-        scratch_floats_(BackwardScratch::layout(problem).total) {
+        num_chunks_(num_chunks(problem, set.tile_keys)),
+        scratch_floats_(BackwardScratch::layout(problem, set.tile_keys).total) {
     Booking book;
     const int64_t panels = max_panels(problem, set.panel, false) * set.panel;
     q_ = book.take(panels * problem.head_dim);
@@ -123,11 +123,11 @@ class BackwardPlan final : public core::Plan {
     std::vector<BackwardTask> tasks;
     for (int32_t b = 0; b < problem_.batch; ++b) {
       const core::Sequence sequence = core::sequence(call.args, problem_, b);
-      const int64_t tiles = (sequence.seqlen_k + kTileKeys - 1) / kTileKeys;
+      const int64_t tiles = (sequence.seqlen_k + set_.tile_keys - 1) / set_.tile_keys;
       for (int64_t chunk = 0; chunk < num_chunks_; ++chunk) {
-        const int64_t begin = chunk * tiles / num_chunks_ * kTileKeys;
+        const int64_t begin = chunk * tiles / num_chunks_ * set_.tile_keys;
         const int64_t end =
-            std::min((chunk + 1) * tiles / num_chunks_ * kTileKeys, sequence.seqlen_k);
+            std::min((chunk + 1) * tiles / num_chunks_ * set_.tile_keys, sequence.seqlen_k);
         const double cost = pairs(sequence, begin, end) * 2.0 *
                             static_cast<double>(3 * problem_.head_dim + 2 * problem_.head_dim_v);
         for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
@@ -142,8 +142,8 @@ class BackwardPlan final : public core::Plan {
   // Query-key pairs of the keys [begin, end) of one head, to within a tile.
   double pairs(const core::Sequence& sequence, int64_t begin, int64_t end) const {
     double sum = 0;
-    for (int64_t key = begin; key < end; key += kTileKeys) {
-      const int64_t last = std::min(key + kTileKeys, end) - 1;
+    for (int64_t key = begin; key < end; key += set_.tile_keys) {
+      const int64_t last = std::min(key + set_.tile_keys, end) - 1;
       const auto seen_by = [&](int64_t j) {
         return semantics::visible_queries(j, sequence.seqlen_q, sequence.seqlen_k, problem_.band);
       };
@@ -156,7 +156,7 @@ class BackwardPlan final : public core::Plan {
 
   std::vector<BackwardTask> bias_tasks(const AttentionArgs& args) const {
     const core::TensorView& bias = args.d_attn_bias;
-    const int64_t num_tiles = (problem_.seqlen_k + kTileKeys - 1) / kTileKeys;
+    const int64_t num_tiles = (problem_.seqlen_k + set_.tile_keys - 1) / set_.tile_keys;
     const int64_t num_blocks = (problem_.seqlen_q + set_.panel - 1) / set_.panel;
     const int64_t parts = bias_extent(bias, 1) > 1   ? num_tiles
                           : bias_extent(bias, 2) > 1 ? num_blocks
@@ -207,22 +207,22 @@ core::PlanPtr make_backward_plan(const AttentionProblem& problem, const Instruct
   return std::make_shared<BackwardPlan>(problem, set);
 }
 
-BackwardScratch BackwardScratch::layout(const AttentionProblem& problem) {
+BackwardScratch BackwardScratch::layout(const AttentionProblem& problem, int64_t tile_keys) {
   BackwardScratch layout{};
   Booking book;
   const int64_t k_row = round_up(problem.head_dim, kMaxLanes);
   const int64_t v_row = round_up(problem.head_dim_v, kMaxLanes);
   layout.q = book.take(kMaxPanel * k_row);
   layout.dout = book.take(kMaxPanel * v_row);
-  layout.k = book.take(kTileKeys * k_row);
-  layout.v = book.take(kTileKeys * v_row);
-  layout.dk = book.take(kTileKeys * k_row);
-  layout.dv = book.take(kTileKeys * v_row);
-  layout.probabilities = book.take(kTileKeys * kMaxPanel);
-  layout.score_gradients = book.take(kTileKeys * kMaxPanel);
-  layout.softcap_derivatives = book.take(problem.softcap ? kTileKeys * kMaxPanel : 0);
+  layout.k = book.take(tile_keys * k_row);
+  layout.v = book.take(tile_keys * v_row);
+  layout.dk = book.take(tile_keys * k_row);
+  layout.dv = book.take(tile_keys * v_row);
+  layout.probabilities = book.take(tile_keys * kMaxPanel);
+  layout.score_gradients = book.take(tile_keys * kMaxPanel);
+  layout.softcap_derivatives = book.take(problem.softcap ? tile_keys * kMaxPanel : 0);
   layout.bias_sums =
-      book.take(problem.wants_d_attn_bias ? kTileKeys * kMaxPanel + kTileKeys + kMaxPanel : 0);
+      book.take(problem.wants_d_attn_bias ? tile_keys * kMaxPanel + tile_keys + kMaxPanel : 0);
   layout.total = book.total();
   return layout;
 }

@@ -18,10 +18,10 @@ class BiasGradientRun {
  public:
   BiasGradientRun(const BackwardCall& call, const BackwardTask& task, float* scratch)
       : call_(call), to_(call.args.d_attn_bias), task_(task), scratch_(scratch) {
-    const BackwardScratch layout = BackwardScratch::layout(call.problem);
+    const BackwardScratch layout = BackwardScratch::layout(call.problem, call.tile_keys);
     sums_ = scratch + layout.bias_sums;
-    key_sums_ = sums_ + kTileKeys * kPanel;
-    query_sums_ = key_sums_ + kTileKeys;
+    key_sums_ = sums_ + call.tile_keys * kPanel;
+    query_sums_ = key_sums_ + call.tile_keys;
   }
 
   HWY_INLINE void run() {
@@ -29,11 +29,11 @@ class BiasGradientRun {
     const bool per_query = bias_extent(to_, 2) > 1;
     const bool per_key = bias_extent(to_, 1) > 1;
     const int64_t num_blocks = (problem.seqlen_q + kPanel - 1) / kPanel;
-    const int64_t num_tiles = (problem.seqlen_k + kTileKeys - 1) / kTileKeys;
+    const int64_t num_tiles = (problem.seqlen_k + call_.tile_keys - 1) / call_.tile_keys;
     const semantics::Range one{task_.first, task_.first + 1};
     const semantics::Range tiles = per_key ? one : semantics::Range{0, num_tiles};
     const semantics::Range blocks = per_query && !per_key ? one : semantics::Range{0, num_blocks};
-    std::fill_n(key_sums_, kTileKeys, 0.0f);
+    std::fill_n(key_sums_, call_.tile_keys, 0.0f);
     std::fill_n(query_sums_, kPanel, 0.0f);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -47,8 +47,8 @@ class BiasGradientRun {
     }
     if (per_query && per_key) return;
     if (per_key) {
-      for (int64_t row = 0; row < kTileKeys; ++row) {
-        store(0, tiles.begin * kTileKeys + row, key_sums_[row]);
+      for (int64_t row = 0; row < call_.tile_keys; ++row) {
+        store(0, tiles.begin * call_.tile_keys + row, key_sums_[row]);
       }
     } else if (per_query) {
       for (int64_t i = 0; i < kPanel; ++i) store(blocks.begin * kPanel + i, 0, query_sums_[i]);
@@ -63,7 +63,7 @@ class BiasGradientRun {
   // sums_ = dS of one block of queries and one tile of keys, over all (batch, head) of this bias.
   HWY_INLINE void sum_tile(int64_t block, int64_t tile) const {
     const core::AttentionProblem& problem = call_.problem;
-    std::fill_n(sums_, kTileKeys * kPanel, 0.0f);
+    std::fill_n(sums_, call_.tile_keys * kPanel, 0.0f);
     const auto range = [](bool own, int64_t index, int64_t count) HWY_ATTR {
       return own ? semantics::Range{index, index + 1} : semantics::Range{0, count};
     };
@@ -73,9 +73,9 @@ class BiasGradientRun {
       for (int64_t head = heads.begin; head < heads.end; ++head) {
         const BackwardTaskRun run(call_, batch, head / call_.group, scratch_);
         const int64_t index = block * call_.group + head % call_.group;
-        const KeyTile keys{{tile * kTileKeys, std::min<int64_t>((tile + 1) * kTileKeys,
+        const KeyTile keys{{tile * call_.tile_keys, std::min<int64_t>((tile + 1) * call_.tile_keys,
                                                                 run.run().sequence().seqlen_k)},
-                           tile * kTileKeys};
+                           tile * call_.tile_keys};
         if (index < run.num_panels() && !keys.keys.empty()) add(run, run.panel(index), keys);
       }
     }
@@ -96,14 +96,14 @@ class BiasGradientRun {
 
   HWY_INLINE void store_tile(int64_t block, int64_t tile) const {
     for (int64_t i = 0; i < kPanel; ++i) {
-      for (int64_t row = 0; row < kTileKeys; ++row) {
-        store(block * kPanel + i, tile * kTileKeys + row, sums_[row * kPanel + i]);
+      for (int64_t row = 0; row < call_.tile_keys; ++row) {
+        store(block * kPanel + i, tile * call_.tile_keys + row, sums_[row * kPanel + i]);
       }
     }
   }
 
   HWY_INLINE void reduce_tile() const {
-    for (int64_t row = 0; row < kTileKeys; ++row) {
+    for (int64_t row = 0; row < call_.tile_keys; ++row) {
       for (int64_t i = 0; i < kPanel; ++i) {
         key_sums_[row] += sums_[row * kPanel + i];
         query_sums_[i] += sums_[row * kPanel + i];
@@ -123,8 +123,8 @@ class BiasGradientRun {
   const core::TensorView& to_;
   const BackwardTask& task_;
   float* const scratch_;
-  float* sums_;        // [kTileKeys][kPanel]
-  float* key_sums_;    // [kTileKeys]
+  float* sums_;        // [tile_keys][kPanel]
+  float* key_sums_;    // [tile_keys]
   float* query_sums_;  // [kPanel]
 };
 

@@ -8,6 +8,7 @@
 #include "core/problem.h"
 #include "core/semantics.h"
 #include "core/sequence.h"
+#include "cpu/pairs.h"
 
 namespace fa::cpu {
 
@@ -15,6 +16,8 @@ namespace fa::cpu {
 inline constexpr int64_t kMaxLanes = 16;   // fp32 in the widest vector
 inline constexpr int64_t kMaxPanel = 64;   // queries of one panel
 inline constexpr int64_t kTileKeys = 96;   // keys of one tile; divisible by every register tile
+// Longer tiles for products of pairs: each reads and writes its sums once per tile.
+inline constexpr int64_t kPairTileKeys = 192;
 inline constexpr int64_t kMaxPanels = 16;  // panels that share each key tile
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
@@ -27,6 +30,8 @@ struct AttentionCall {
   float scale_log2;  // softmax_scale * log2(e): scores are kept in base 2
   int64_t group;     // query heads per key head
   int64_t panel;     // lanes per panel on the instruction set that runs
+  int64_t tile_keys;  // keys of one tile there
+  const PairKernels* pairs;  // of that instruction set, or null
   bool packs_group;  // a panel holds the queries of all heads of a group
   semantics::DropoutKey dropout_key;
   semantics::Word dropout_threshold;
@@ -66,8 +71,9 @@ struct ForwardCall : AttentionCall {
 
 // Where the scratch of one worker lies, in floats. Sized for the whole task.
 struct ForwardScratch {
-  int64_t q, o, running_max, running_sum, k, v, scores, total;
-  static ForwardScratch layout(const core::AttentionProblem& problem, int64_t max_panels);
+  int64_t q, o, running_max, running_sum, k, v, scores, rows, total;
+  static ForwardScratch layout(const core::AttentionProblem& problem, int64_t max_panels,
+                               int64_t tile_keys);
 };
 
 // A bias's dimensions counted from the right: 1 keys, 2 queries, 3 heads, 4 batch. Those that it
@@ -116,7 +122,7 @@ struct BackwardCall : AttentionCall {
 struct BackwardScratch {
   int64_t q, dout, k, v, dk, dv, probabilities, score_gradients, softcap_derivatives, bias_sums,
       total;
-  static BackwardScratch layout(const core::AttentionProblem& problem);
+  static BackwardScratch layout(const core::AttentionProblem& problem, int64_t tile_keys);
 };
 
 using BackwardKernel = void (*)(const BackwardCall& call, const BackwardTask& task, float* scratch);
@@ -137,6 +143,10 @@ struct InstructionSet {
   ForwardKernels forward;
   BackwardKernels backward;
   int64_t panel;
+  int64_t tile_keys = kTileKeys;
+  // Half of a core's L2, for the state of a task's panels; the rest is for keys, values and scores.
+  int64_t panel_bytes = 256 * 1024;
+  const PairKernels* pairs = nullptr;  // where set, the kernels take bfloat16 alone
 };
 
 // Those that the kernels were compiled for, best first.
@@ -149,5 +159,9 @@ template <int64_t kTarget>
 BackwardKernels backward_kernels();
 template <int64_t kTarget>
 int64_t panel_size();
+
+// Kernels whose products are those of AttentionCall::pairs; null where the target has none.
+template <int64_t kTarget>
+ForwardKernels pair_forward_kernels();
 
 }  // namespace fa::cpu

@@ -20,6 +20,12 @@ template <size_t kIndex>
 core::Result<core::PlanPtr> accept(const AttentionProblem& problem, core::Device) {
   const InstructionSet& set = available_sets()[kIndex];
   if (!set.supported()) return core::unsupported("this processor lacks the instructions");
+  if (set.pairs != nullptr && problem.dtype != core::DataType::kBFloat16) {
+    return core::unsupported("takes bfloat16 only");
+  }
+  if (set.pairs != nullptr && problem.direction == core::Direction::kBackward) {
+    return core::unsupported("forward only");
+  }
   if (problem.direction == core::Direction::kForward) return make_forward_plan(problem, set);
   if (problem.page_size > 0 || problem.layout == core::Layout::kCache) {
     return core::unsupported("the backward does not take pages or a cache; use contiguous k and v");
@@ -40,7 +46,7 @@ std::vector<core::Implementation> make_implementations(std::index_sequence<kIndi
 }  // namespace
 
 std::vector<core::Implementation> implementations() {
-  constexpr size_t kMaxInstructionSets = 8;
+  constexpr size_t kMaxInstructionSets = 10;
   return make_implementations(std::make_index_sequence<kMaxInstructionSets>{});
 }
 

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/products-inl.h"
 #include "cpu/sequence-inl.h"
 #include "cpu/softmax-inl.h"
 
@@ -18,6 +19,8 @@ HWY_BEFORE_NAMESPACE();
 namespace fa::cpu {
 namespace HWY_NAMESPACE {
 
+// Products: FloatProducts or PairProducts.
+template <class Products>
 class ForwardTaskRun {
  public:
   ForwardTaskRun(const ForwardCall& call, const ForwardTask& task, float* scratch)
@@ -26,19 +29,21 @@ class ForwardTaskRun {
         args_(call.args),
         run_(call, task.batch, task.head_kv),
         task_(task),
-        k_row_(round_up(problem_.head_dim, kMaxLanes)),
-        v_row_(round_up(problem_.head_dim_v, kMaxLanes)) {
-    const ForwardScratch layout = ForwardScratch::layout(problem_, task.num_panels);
-    k_ = scratch + layout.k;
-    v_ = scratch + layout.v;
-    scores_ = scratch + layout.scores;
-    PartialResults own{scratch + layout.o, scratch + layout.running_max,
-                       scratch + layout.running_sum};
+        v_row_(round_up(problem_.head_dim_v, kMaxLanes)),
+        layout_(ForwardScratch::layout(problem_, task.num_panels, call.tile_keys)),
+        products_(call, run_, layout_, scratch),
+        scores_(scratch + layout_.scores),
+        rows_(scratch + layout_.rows) {
+    const PartialResults own{scratch + layout_.o, scratch + layout_.running_max,
+                             scratch + layout_.running_sum};
+    const int64_t q_size = round_up(problem_.head_dim, kMaxLanes) * kPanel;
     for (int64_t p = 0; p < task.num_panels; ++p) {
-      const QueryPanel panel = run_.panel(task.first_panel + p);
-      float* q = scratch + layout.q + p * problem_.head_dim * kPanel;
-      panels_[p] = call.num_splits > 1 ? forward_panel(panel, q, call.partials, slot(p, task.split))
-                                       : forward_panel(panel, q, own, p);
+      ForwardPanel& panel = panels_[p];
+      const QueryPanel queries = run_.panel(task.first_panel + p);
+      panel = call.num_splits > 1 ? forward_panel(queries, call.partials, slot(p, task.split))
+                                  : forward_panel(queries, own, p);
+      panel.q = scratch + layout_.q + p * q_size;
+      if (Products::kPairs) panel.o = own.o + p * kPanel * v_row_;
     }
   }
 
@@ -46,13 +51,13 @@ class ForwardTaskRun {
   HWY_INLINE void run() {
     semantics::Range keys{run_.sequence().seqlen_k, 0};
     for (int64_t p = 0; p < task_.num_panels; ++p) {
-      run_.load_transposed(call_.q, panels_[p], call_.scale_log2, scores_, panels_[p].q);
+      products_.load_queries(panels_[p]);
       keys.begin = std::min(keys.begin, panels_[p].keys.begin);
       keys.end = std::max(keys.end, panels_[p].keys.end);
     }
     run_.for_each_tile(part_of(keys), [&](const KeyTile& tile) HWY_ATTR {
-      run_.load_rows(args_.k, tile, k_row_, k_);
-      run_.load_rows(args_.v, tile, v_row_, v_);
+      products_.load_keys(tile);
+      products_.load_values(tile);
       for (int64_t p = 0; p < task_.num_panels; ++p) attend(panels_[p], tile);
     });
     for (int64_t p = 0; p < task_.num_panels; ++p) {
@@ -60,6 +65,12 @@ class ForwardTaskRun {
       if (!panel.started) {
         std::fill_n(panel.running_max, panel.num_lanes, kMinusInfinity);
         std::fill_n(panel.running_sum, panel.num_lanes, 0.0f);
+      }
+      if constexpr (Products::kPairs) {
+        float* rows =
+            call_.num_splits > 1 ? call_.partials.o + slot(p, task_.split) * kPanel * v_row_ : rows_;
+        if (panel.started) products_.store_rows(panel, rows);
+        panel.o = rows;
       }
       if (call_.num_splits == 1) store_outputs(panel);
     }
@@ -71,7 +82,7 @@ class ForwardTaskRun {
     for (int64_t p = 0; p < task_.num_panels; ++p) {
       ForwardPanel& panel = panels_[p];
       for (int64_t split = 1; split < call_.num_splits; ++split) {
-        const ForwardPanel part = forward_panel(panel, nullptr, call_.partials, slot(p, split));
+        const ForwardPanel part = forward_panel(panel, call_.partials, slot(p, split));
         for (int64_t lane = 0; lane < panel.num_lanes; ++lane) join(panel, part, lane);
       }
       store_outputs(panel);
@@ -79,11 +90,11 @@ class ForwardTaskRun {
   }
 
  private:
-  HWY_INLINE ForwardPanel forward_panel(const QueryPanel& panel, float* q,
-                                        const PartialResults& results, int64_t slot) const {
+  HWY_INLINE ForwardPanel forward_panel(const QueryPanel& panel, const PartialResults& results,
+                                        int64_t slot) const {
     return {panel,
             false,
-            q,
+            nullptr,
             results.o + slot * kPanel * v_row_,
             results.running_max + slot * kPanel,
             results.running_sum + slot * kPanel};
@@ -100,10 +111,10 @@ class ForwardTaskRun {
   // The task's split of `keys`, in whole tiles.
   HWY_INLINE semantics::Range part_of(semantics::Range keys) const {
     if (call_.num_splits == 1 || keys.empty()) return keys;
-    const int64_t first = keys.begin / kTileKeys;
-    const int64_t tiles = (keys.end - 1) / kTileKeys + 1 - first;
+    const int64_t first = keys.begin / call_.tile_keys;
+    const int64_t tiles = (keys.end - 1) / call_.tile_keys + 1 - first;
     const auto boundary = [&](int64_t split) HWY_ATTR {
-      return (first + split * tiles / call_.num_splits) * kTileKeys;
+      return (first + split * tiles / call_.num_splits) * call_.tile_keys;
     };
     return {std::max<int64_t>(keys.begin, boundary(task_.split)),
             std::min<int64_t>(keys.end, boundary(task_.split + 1))};
@@ -138,13 +149,34 @@ class ForwardTaskRun {
   HWY_INLINE void attend(ForwardPanel& panel, const KeyTile& keys) const {
     const ScoreTile tile = run_.score_tile(panel, keys, scores_);
     if (tile.begin >= tile.end) return;
-    run_.compute_scores(panel.q, k_, k_row_, panel, tile);
-    online_softmax(panel, tile, v_row_);
-    if (problem_.dropout) apply_dropout(call_, panel, tile, task_.batch);
-    const int64_t value_vectors = (problem_.head_dim_v + kLanes - 1) / kLanes;
-    value_product(scores_, panel.num_lanes, v_, v_row_, value_vectors, run_.keys_of(panel, tile),
-                  panel.started, panel.o);
+    const auto rescale = [&](const float* correction) HWY_ATTR {
+      products_.rescale(panel, correction);
+    };
+    if (!Products::kPairs || problem_.dropout) {
+      compute_scores(panel, tile);
+      online_softmax<false>(panel, tile, 1.0f, rescale);
+      if (problem_.dropout) apply_dropout(call_, panel, tile, task_.batch);
+      if (Products::kPairs) pack_pairs(panel, tile);
+    } else {
+      const bool scales_late = call_.scale_log2 > 0.0f && !run_.transforms_scores();
+      compute_scores(panel, tile, scales_late);
+      online_softmax<true>(panel, tile, scales_late ? products_.pending_scale() : 1.0f, rescale);
+    }
+    if (Products::kPairs) clear_pairs_around(panel, tile);
+    products_.values(panel, tile);
     panel.started = true;
+  }
+
+  // scales_late: the softmax applies the scale that the products left out.
+  HWY_INLINE void compute_scores(const ForwardPanel& panel, const ScoreTile& tile,
+                                 bool scales_late = false) const {
+    products_.scores(panel, tile);
+    if (Products::kPairs && !scales_late) {
+      const Float scale = hn::Set(kFloats, products_.pending_scale());
+      transform_scores(panel, tile,
+                       [&](Float s, int64_t, int64_t) HWY_ATTR { return hn::Mul(s, scale); });
+    }
+    run_.finish_scores(panel, tile);
   }
 
   HWY_INLINE float sink_log2(int64_t head) const {
@@ -182,12 +214,12 @@ class ForwardTaskRun {
   // exp(s - max s), negative where dropped: a second pass, once the maxima are known. For tests.
   HWY_INLINE void write_s_dmask(semantics::Range keys) const {
     run_.for_each_tile(keys, [&](const KeyTile& key_tile) HWY_ATTR {
-      run_.load_rows(args_.k, key_tile, k_row_, k_);
+      products_.load_keys(key_tile);
       for (int64_t p = 0; p < task_.num_panels; ++p) {
         const ForwardPanel& panel = panels_[p];
         const ScoreTile tile = run_.score_tile(panel, key_tile, scores_);
         if (tile.begin >= tile.end) continue;
-        run_.compute_scores(panel.q, k_, k_row_, panel, tile);
+        compute_scores(panel, tile);
         transform_scores(panel, tile, [&](Float s, int64_t, int64_t v) HWY_ATTR {
           const Float maximum = hn::Load(kFloats, panel.running_max + v * kLanes);
           return exp2(hn::Sub(s, finite_maximum(maximum)));
@@ -224,20 +256,22 @@ class ForwardTaskRun {
   const core::AttentionArgs& args_;
   const SequenceRun run_;
   const ForwardTask& task_;
-  const int64_t k_row_;
   const int64_t v_row_;
-  float* k_;       // [kTileKeys][k_row]
-  float* v_;       // [kTileKeys][v_row]
-  float* scores_;  // [kTileKeys][kPanel]
+  const ForwardScratch layout_;
+  const Products products_;
+  float* const scores_;  // [tile_keys][kPanel]
+  float* const rows_;    // O of one panel, where the products keep O^T: [kPanel][v_row]
   ForwardPanel panels_[kMaxPanels];
 };
 
+template <class Products>
 void forward_attend(const ForwardCall& call, const ForwardTask& task, float* scratch) {
-  ForwardTaskRun(call, task, scratch).run();
+  ForwardTaskRun<Products>(call, task, scratch).run();
 }
 
+// Whatever the products, the parts to combine are rows of fp32.
 void forward_combine(const ForwardCall& call, const ForwardTask& task, float* scratch) {
-  ForwardTaskRun(call, task, scratch).combine();
+  ForwardTaskRun<FloatProducts>(call, task, scratch).combine();
 }
 
 }  // namespace HWY_NAMESPACE

@@ -8,13 +8,24 @@
 
 #include "cpu/cache_update-inl.h"
 #include "cpu/forward-inl.h"
+#include "cpu/pair_products-inl.h"
 
 namespace fa::cpu {
 
 template <>
 ForwardKernels forward_kernels<HWY_TARGET>() {
-  return {HWY_NAMESPACE::forward_attend, HWY_NAMESPACE::forward_combine,
-          HWY_NAMESPACE::update_cache};
+  using namespace HWY_NAMESPACE;
+  return {forward_attend<FloatProducts>, forward_combine, update_cache};
+}
+
+template <>
+ForwardKernels pair_forward_kernels<HWY_TARGET>() {
+#if HWY_TARGET == HWY_AVX3
+  using namespace HWY_NAMESPACE;
+  return {forward_attend<PairProducts>, forward_combine, update_cache};
+#else
+  return {};
+#endif
 }
 
 template <>

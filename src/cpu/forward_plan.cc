@@ -12,8 +12,6 @@ using core::AttentionArgs;
 using core::AttentionProblem;
 using core::Status;
 
-// Half of a small core's L2; the other half is for keys, values and scores.
-constexpr int64_t kPanelBytes = 256 * 1024;
 // Tasks that a call should be cut into, for many threads to share; their number must not depend on
 // the threads.
 constexpr int64_t kWantedTasks = 64;
@@ -28,12 +26,13 @@ struct Cut {
   int64_t panels_per_task;  // as many as keep their state within a core's L2 cache
   int64_t num_splits;
 
-  Cut(const AttentionProblem& problem, int64_t panel, bool packs, int64_t seqlen_k)
+  Cut(const AttentionProblem& problem, const InstructionSet& set, bool packs, int64_t seqlen_k)
       : packs_group(packs) {
+    const int64_t panel = set.panel;
     const int64_t panels = std::max<int64_t>(max_panels(problem, panel, packs), 1);
     const int64_t panel_bytes =
         panel * (problem.head_dim + problem.head_dim_v) * static_cast<int64_t>(sizeof(float));
-    const int64_t in_cache = std::clamp<int64_t>(kPanelBytes / panel_bytes, 1, kMaxPanels);
+    const int64_t in_cache = std::clamp<int64_t>(set.panel_bytes / panel_bytes, 1, kMaxPanels);
     panels_per_task = std::clamp<int64_t>(panels / kWantedTasks, 1, in_cache);
     const int64_t wanted = (kWantedTasksOfSplits + panels - 1) / panels;
     num_splits = std::clamp<int64_t>(seqlen_k / kMinKeysPerSplit, 1, wanted);
@@ -47,14 +46,15 @@ bool packs_group(const AttentionProblem& problem, int64_t panel, int64_t seqlen_
   return group > 1 && seqlen_q > 0 && seqlen_q * group <= panel;
 }
 
-Cut actual_cut(const AttentionArgs& args, const AttentionProblem& problem, int64_t panel) {
+Cut actual_cut(const AttentionArgs& args, const AttentionProblem& problem,
+               const InstructionSet& set) {
   int64_t seqlen_q = 0, seqlen_k = 0;
   for (int64_t b = 0; b < problem.batch; ++b) {
     const core::Sequence sequence = core::sequence(args, problem, b);
     seqlen_q = std::max(seqlen_q, sequence.seqlen_q);
     seqlen_k = std::max(seqlen_k, sequence.seqlen_k);
   }
-  return Cut(problem, panel, packs_group(problem, panel, seqlen_q), seqlen_k);
+  return Cut(problem, set, packs_group(problem, set.panel, seqlen_q), seqlen_k);
 }
 
 // What the tasks of a call share: PartialResults and rotated queries, in floats from the start of
@@ -113,10 +113,11 @@ class ForwardPlan final : public core::Plan {
   ForwardPlan(const AttentionProblem& problem, const InstructionSet& set)
       : problem_(problem), set_(set) {
     for (const bool packs : {false, true}) {
-      const Cut cut(problem, set.panel, packs, problem.seqlen_k);
+      const Cut cut(problem, set, packs, problem.seqlen_k);
       shared_floats_ = std::max(shared_floats_, SharedLayout(problem, set.panel, cut).total);
       scratch_floats_ =
-          std::max(scratch_floats_, ForwardScratch::layout(problem, cut.panels_per_task).total);
+          std::max(scratch_floats_,
+                   ForwardScratch::layout(problem, cut.panels_per_task, set.tile_keys).total);
     }
   }
 
@@ -127,7 +128,7 @@ class ForwardPlan final : public core::Plan {
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
     float* shared = static_cast<float*>(workspace);
-    const Cut cut = actual_cut(args, problem_, set_.panel);
+    const Cut cut = actual_cut(args, problem_, set_);
     const SharedLayout layout(problem_, set_.panel, cut);
     const ForwardCall call{
         make_call(args, problem_, set_, cut.packs_group),
@@ -248,6 +249,8 @@ AttentionCall make_call(const AttentionArgs& args, const AttentionProblem& probl
       .scale_log2 = static_cast<float>(core::softmax_scale(args) * semantics::kLog2e),
       .group = problem.num_heads / problem.num_heads_kv,
       .panel = set.panel,
+      .tile_keys = set.tile_keys,
+      .pairs = set.pairs,
       .packs_group = packs_group,
       .dropout_key = semantics::dropout_key(args.dropout_seed, args.dropout_offset),
       .dropout_threshold = semantics::dropout_threshold(args.dropout_p),
@@ -264,18 +267,21 @@ core::PlanPtr make_forward_plan(const AttentionProblem& problem, const Instructi
   return std::make_shared<ForwardPlan>(problem, set);
 }
 
-ForwardScratch ForwardScratch::layout(const AttentionProblem& problem, int64_t max_panels) {
+// Pairs take half the space of floats, and fill up a row further.
+ForwardScratch ForwardScratch::layout(const AttentionProblem& problem, int64_t max_panels,
+                                      int64_t tile_keys) {
   ForwardScratch layout{};
   Booking book;
   const int64_t k_row = round_up(problem.head_dim, kMaxLanes);
   const int64_t v_row = round_up(problem.head_dim_v, kMaxLanes);
-  layout.q = book.take(max_panels * kMaxPanel * problem.head_dim);
+  layout.q = book.take(max_panels * kMaxPanel * k_row);
   layout.o = book.take(max_panels * kMaxPanel * v_row);
   layout.running_max = book.take(max_panels * kMaxPanel);
   layout.running_sum = book.take(max_panels * kMaxPanel);
-  layout.k = book.take(kTileKeys * k_row);
-  layout.v = book.take(kTileKeys * v_row);
-  layout.scores = book.take(kTileKeys * kMaxPanel);
+  layout.k = book.take(tile_keys * k_row);
+  layout.v = book.take(tile_keys * v_row);
+  layout.scores = book.take(tile_keys * kMaxPanel);
+  layout.rows = book.take(kMaxPanel * v_row);
   layout.total = book.total();
   return layout;
 }

@@ -21,11 +21,25 @@ bool has_sse4() { return __builtin_cpu_supports("sse4.2"); }
 #endif
 bool always() { return true; }
 
+#if FA_CPU_HAS_PAIRS
+bool has_amx() { return has_avx512() && has_amx_bf16(); }
+bool has_pairs() { return has_avx512() && has_avx512_bf16(); }
+
+// AVX-512's kernels with other products. Q and O^T of a panel stay in cache more easily: servers
+// with these instructions have at least 1 MiB of L2 per core.
+void add_pairs(const char* name, bool (*supported)(), const PairKernels* pairs,
+               std::vector<InstructionSet>& list) {
+  constexpr int64_t kPanelBytes = 512 * 1024;
+  list.push_back({name, supported, pair_forward_kernels<HWY_AVX3>(), backward_kernels<HWY_AVX3>(),
+                  panel_size<HWY_AVX3>(), kPairTileKeys, kPanelBytes, pairs});
+}
+#endif
+
 template <int64_t kTarget>
 void add_if_compiled(const char* name, bool (*supported)(), std::vector<InstructionSet>& list) {
   if constexpr ((HWY_TARGETS & kTarget) != 0) {
     list.push_back({name, supported, forward_kernels<kTarget>(), backward_kernels<kTarget>(),
-                    panel_size<kTarget>()});
+                    panel_size<kTarget>(), kTileKeys, 256 * 1024, nullptr});
   }
 }
 
@@ -33,6 +47,10 @@ void add_if_compiled(const char* name, bool (*supported)(), std::vector<Instruct
 
 std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> list;
+#if FA_CPU_HAS_PAIRS
+  add_pairs("cpu:amx", has_amx, amx_pair_kernels(), list);
+  add_pairs("cpu:avx512_bf16", has_pairs, avx512_pair_kernels(), list);
+#endif
 #if HWY_ARCH_X86
   add_if_compiled<HWY_AVX3>("cpu:avx512", has_avx512, list);
   add_if_compiled<HWY_AVX2>("cpu:avx2", has_avx2, list);

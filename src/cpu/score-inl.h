@@ -52,7 +52,7 @@ HWY_INLINE hn::Vec<IntTag> query_of_lanes(const QueryPanel& panel, int64_t v) {
 
 // The scores of one panel against the keys [begin, end) of a tile.
 struct ScoreTile {
-  float* scores;      // S^T: [kTileKeys][kPanel]
+  float* scores;      // S^T: [tile_keys][kPanel]
   int64_t first_key;  // the sequence's index of row 0
   int64_t begin;
   int64_t end;

@@ -18,7 +18,7 @@ namespace HWY_NAMESPACE {
 // A tile of keys that panels of queries are held against.
 struct KeyTile {
   semantics::Range keys;  // within the sequence
-  int64_t first_key;      // of row 0; aligned to kTileKeys
+  int64_t first_key;      // of row 0; a multiple of tile_keys
 };
 
 class SequenceRun {
@@ -57,32 +57,37 @@ class SequenceRun {
             {visible_keys(first).begin, visible_keys(first + count - 1).end}};
   }
 
-  // Tiles start at multiples of kTileKeys whatever the task, so that a query's sums are grouped
+  // Tiles start at multiples of tile_keys whatever the task, so that a query's sums are grouped
   // alike in every cut of the work.
   template <class Body>
-  HWY_INLINE static void for_each_tile(semantics::Range keys, Body&& body) {
-    for (int64_t first = keys.begin / kTileKeys * kTileKeys; first < keys.end; first += kTileKeys) {
-      body(KeyTile{
-          {std::max<int64_t>(first, keys.begin), std::min<int64_t>(first + kTileKeys, keys.end)},
-          first});
+  HWY_INLINE void for_each_tile(semantics::Range keys, Body&& body) const {
+    const int64_t size = call_.tile_keys;
+    for (int64_t first = keys.begin / size * size; first < keys.end; first += size) {
+      body(KeyTile{{std::max<int64_t>(first, keys.begin), std::min<int64_t>(first + size, keys.end)},
+                   first});
     }
   }
 
-  // Copies the tile's rows of k or v to [kTileKeys][row_size], widened, from wherever the layout
-  // keeps them.
+  // Offset of a key's row of k or v, in elements, wherever the layout keeps it.
+  HWY_INLINE int64_t key_offset(const core::TensorView& view, const core::Rows& rows,
+                                int64_t key) const {
+    int64_t offset = rows.offset + key * rows.row_stride;
+    if (problem_.page_size > 0) {
+      const core::PagedRow at = core::paged_row(args_.block_table, problem_.page_size, batch_,
+                                                sequence_.k_begin + key);
+      offset = at.page * view.strides[0] + at.row * view.strides[1];
+    }
+    return offset + head_kv_ * rows.head_stride;
+  }
+
+  // Copies the tile's rows of k or v to [tile_keys][row_size], widened.
   HWY_INLINE void load_rows(const core::TensorView& from, const KeyTile& tile, int64_t row_size,
                             float* HWY_RESTRICT to) const {
     const int64_t n = from.shape[from.ndim - 1];
     const core::Rows rows = core::key_rows(from, sequence_);
     dispatch_dtype(from.dtype, [&](auto dtype) HWY_ATTR {
       for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
-        int64_t offset = rows.offset + key * rows.row_stride;
-        if (problem_.page_size > 0) {
-          const core::PagedRow at = core::paged_row(args_.block_table, problem_.page_size, batch_,
-                                                    sequence_.k_begin + key);
-          offset = at.page * from.strides[0] + at.row * from.strides[1];
-        }
-        offset += head_kv_ * rows.head_stride;
+        const int64_t offset = key_offset(from, rows, key);
         widen_row<dtype()>(from.as<const char>() + offset * core::byte_size(dtype()), n,
                            to + (key - tile.first_key) * row_size);
       }
@@ -138,7 +143,7 @@ class SequenceRun {
           std::fill_n(buffer + i * row, n, 0.0f);
         }
       }
-      transpose_4_rows<kPanel>(buffer, row, n, factor, to + lane);
+      transpose_4_rows(buffer, row, n, factor, to + lane, kPanel);
     }
   }
 
@@ -147,6 +152,14 @@ class SequenceRun {
                                   float* scores) const {
     return {scores, tile.first_key, std::max(panel.keys.begin, tile.keys.begin) - tile.first_key,
             std::min(panel.keys.end, tile.keys.end) - tile.first_key};
+  }
+
+  // Whether a key of the tile is hidden from a query of the panel.
+  HWY_INLINE bool crosses_band(const QueryPanel& panel, const ScoreTile& tile) const {
+    if (problem_.band.unbounded()) return false;
+    const semantics::Range first = visible_keys(panel.first_query);
+    const semantics::Range last = visible_keys(panel.last_query());
+    return tile.first_key + tile.end > first.end || tile.first_key + tile.begin < last.begin;
   }
 
   // The rows of the tile that the panel's lanes in [first, last) see, for the products to clip.
@@ -204,13 +217,15 @@ class SequenceRun {
     });
   }
 
-  // S = Q K^T, transformed and masked, in base 2. q: [depth][kPanel], times scale * log2(e).
-  // softcap_derivatives, where not null, gets those of tanh for each score.
-  HWY_INLINE void compute_scores(const float* q, const float* k, int64_t k_row,
-                                 const QueryPanel& panel, const ScoreTile& tile,
-                                 float* softcap_derivatives = nullptr) const {
-    score_product(q, panel.vectors(), k, k_row, problem_.head_dim, keys_of(panel, tile),
-                  tile.scores);
+  // Whether scores are more than products: those must be scaled before anything else.
+  HWY_INLINE bool transforms_scores() const {
+    return problem_.softcap || problem_.alibi || problem_.bias != core::BiasKind::kNone;
+  }
+
+  // From scaled products to scores, masked, all in base 2. softcap_derivatives, where not null, gets
+  // those of tanh for each score.
+  HWY_INLINE void finish_scores(const QueryPanel& panel, const ScoreTile& tile,
+                                float* softcap_derivatives = nullptr) const {
     if (problem_.softcap) apply_softcap(panel, tile, args_.softcap, softcap_derivatives);
     if (problem_.alibi) {
       apply_alibi(panel, tile, sequence_.seqlen_k - sequence_.seqlen_q,
@@ -223,14 +238,6 @@ class SequenceRun {
   }
 
  private:
-  // Whether a key of the tile is hidden from a query of the panel.
-  HWY_INLINE bool crosses_band(const QueryPanel& panel, const ScoreTile& tile) const {
-    if (problem_.band.unbounded()) return false;
-    const semantics::Range first = visible_keys(panel.first_query);
-    const semantics::Range last = visible_keys(panel.last_query());
-    return tile.first_key + tile.end > first.end || tile.first_key + tile.begin < last.begin;
-  }
-
   HWY_INLINE float alibi_slope(int64_t head) const {
     const core::TensorView& slopes = args_.alibi_slopes;
     const float* at = slopes.as<const float>();

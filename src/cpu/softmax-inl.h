@@ -15,8 +15,8 @@ namespace HWY_NAMESPACE {
 // A panel and its state of the online softmax, one lane per query.
 struct ForwardPanel : QueryPanel {
   bool started;        // o, running_max and running_sum hold something
-  float* q;            // Q^T: [depth][kPanel], times scale * log2(e)
-  float* o;            // [kPanel][value_row], not yet divided by the sum
+  float* q;            // packed as the products want it
+  float* o;            // not yet divided by the sum
   float* running_max;  // [kPanel], of scores in base 2
   float* running_sum;  // [kPanel]
 };
@@ -27,49 +27,103 @@ HWY_INLINE Float finite_maximum(Float maximum) {
                         maximum);
 }
 
-// Multiplies the accumulators of queries whose maximum rose.
-HWY_INLINE void rescale(const ForwardPanel& panel, const float* HWY_RESTRICT correction,
-                        int64_t value_row) {
-  for (int64_t lane = 0; lane < panel.num_lanes; ++lane) {
-    if (correction[lane] == 1.0f) continue;
-    const Float factor = hn::Set(kFloats, correction[lane]);
-    float* HWY_RESTRICT o = panel.o + lane * value_row;
-    for (int64_t d = 0; d < value_row; d += kLanes) {
-      hn::Store(hn::Mul(hn::Load(kFloats, o + d), factor), kFloats, o + d);
+// Where rows of fp32 lie, one for each key, their pairs take the place of the first half.
+HWY_INLINE void store_pair(Float even, Float odd, float* HWY_RESTRICT scores, int64_t row) {
+  hn::Store(hn::BitCast(kFloats, pair_of_bfloat16(even, odd)), kFloats, scores + row / 2 * kPanel);
+}
+
+// Pairs between the tile's keys and the next multiples of kPairDepth: zeros, since they get
+// multiplied.
+HWY_INLINE void clear_pairs_around(const QueryPanel& panel, const ScoreTile& tile) {
+  const auto clear = [&](int64_t begin, int64_t end) HWY_ATTR {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      std::fill_n(tile.scores + pair * kPanel, panel.vectors() * kLanes, 0.0f);
+    }
+  };
+  clear(tile.begin / kPairDepth * kPairDepth / 2, tile.begin / 2);
+  clear((tile.end + 1) / 2, round_up(tile.end, kPairDepth) / 2);
+}
+
+// Rounds probabilities to pairs, in place.
+HWY_INLINE void pack_pairs(const QueryPanel& panel, const ScoreTile& tile) {
+  for (int64_t row = tile.begin / 2 * 2; row < tile.end; row += 2) {
+    for (int64_t v = 0; v < panel.vectors(); ++v) {
+      float* HWY_RESTRICT column = tile.scores + v * kLanes;
+      const auto at = [&](int64_t r) HWY_ATTR {
+        return r >= tile.begin && r < tile.end ? hn::Load(kFloats, column + r * kPanel)
+                                               : hn::Zero(kFloats);
+      };
+      store_pair(at(row), at(row + 1), column, row);
     }
   }
 }
 
-// Turns the scores into exp2(s - max), updates maximum and sum, and rescales what was accumulated.
-HWY_INLINE void online_softmax(ForwardPanel& panel, const ScoreTile& tile, int64_t value_row) {
+// Turns a column of scores into p = exp2(s * scale - subtrahend) and returns their sum. kPacks:
+// leaves them in pairs.
+template <bool kPacks>
+HWY_INLINE Float exponentials(float* HWY_RESTRICT column, const ScoreTile& tile, Float scale,
+                              Float subtrahend) {
+  Float sum0 = hn::Zero(kFloats), sum1 = hn::Zero(kFloats);
+  int64_t row = tile.begin;
+  if constexpr (kPacks) {
+    const auto probability = [&](int64_t at) HWY_ATTR {
+      return exp2(hn::MulSub(hn::Load(kFloats, column + at * kPanel), scale, subtrahend));
+    };
+    if (row % 2 != 0) {
+      sum1 = probability(row);
+      store_pair(hn::Zero(kFloats), sum1, column, row - 1);
+      ++row;
+    }
+    for (; row + 2 <= tile.end; row += 2) {
+      const Float even = probability(row), odd = probability(row + 1);
+      sum0 = hn::Add(sum0, even);
+      sum1 = hn::Add(sum1, odd);
+      store_pair(even, odd, column, row);
+    }
+    if (row < tile.end) {
+      const Float even = probability(row);
+      sum0 = hn::Add(sum0, even);
+      store_pair(even, hn::Zero(kFloats), column, row);
+    }
+  } else {
+    const auto probability = [&](int64_t at) HWY_ATTR {
+      const Float p = exp2(hn::Sub(hn::Load(kFloats, column + at * kPanel), subtrahend));
+      hn::Store(p, kFloats, column + at * kPanel);
+      return p;
+    };
+    for (; row + 2 <= tile.end; row += 2) {
+      sum0 = hn::Add(sum0, probability(row));
+      sum1 = hn::Add(sum1, probability(row + 1));
+    }
+    if (row < tile.end) sum0 = hn::Add(sum0, probability(row));
+  }
+  return hn::Add(sum0, sum1);
+}
+
+// Turns scores, still to be multiplied by `scale` > 0 where kPacks, into exp2(s - max), updates
+// maximum and sum, and has what was accumulated rescaled by rescale(corrections).
+template <bool kPacks, class Rescale>
+HWY_INLINE void online_softmax(ForwardPanel& panel, const ScoreTile& tile, float scale,
+                               Rescale&& rescale) {
   alignas(64) float correction[kPanel];
   bool any_rose = false;
+  const Float factor_of_scores = hn::Set(kFloats, scale);
   for (int64_t v = 0; v < panel.vectors(); ++v) {
     float* HWY_RESTRICT column = tile.scores + v * kLanes;
     const Float none = hn::Set(kFloats, kMinusInfinity);
     const Float old_max = panel.started ? hn::Load(kFloats, panel.running_max + v * kLanes) : none;
-    Float max0 = old_max, max1 = none;
+    Float max0 = none, max1 = none;
     int64_t row = tile.begin;
     for (; row + 2 <= tile.end; row += 2) {
       max0 = hn::Max(max0, hn::Load(kFloats, column + row * kPanel));
       max1 = hn::Max(max1, hn::Load(kFloats, column + (row + 1) * kPanel));
     }
     if (row < tile.end) max0 = hn::Max(max0, hn::Load(kFloats, column + row * kPanel));
-    const Float new_max = hn::Max(max0, max1);
+    Float tile_max = hn::Max(max0, max1);
+    if constexpr (kPacks) tile_max = hn::Mul(tile_max, factor_of_scores);
+    const Float new_max = hn::Max(old_max, tile_max);
     const Float subtrahend = finite_maximum(new_max);
-
-    Float sum0 = hn::Zero(kFloats), sum1 = hn::Zero(kFloats);
-    const auto probability = [&](int64_t at) HWY_ATTR {
-      const Float p = exp2(hn::Sub(hn::Load(kFloats, column + at * kPanel), subtrahend));
-      hn::Store(p, kFloats, column + at * kPanel);
-      return p;
-    };
-    for (row = tile.begin; row + 2 <= tile.end; row += 2) {
-      sum0 = hn::Add(sum0, probability(row));
-      sum1 = hn::Add(sum1, probability(row + 1));
-    }
-    if (row < tile.end) sum0 = hn::Add(sum0, probability(row));
-    Float sum = hn::Add(sum0, sum1);
+    Float sum = exponentials<kPacks>(column, tile, factor_of_scores, subtrahend);
 
     hn::Store(new_max, kFloats, panel.running_max + v * kLanes);
     if (panel.started) {
@@ -80,7 +134,7 @@ HWY_INLINE void online_softmax(ForwardPanel& panel, const ScoreTile& tile, int64
     }
     hn::Store(sum, kFloats, panel.running_sum + v * kLanes);
   }
-  if (any_rose) rescale(panel, correction, value_row);
+  if (any_rose) rescale(correction);
 }
 
 }  // namespace HWY_NAMESPACE

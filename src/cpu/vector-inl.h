@@ -140,6 +140,15 @@ HWY_INLINE hn::Vec<HalfTag> narrow_float16(Float x) {
 #endif
 }
 
+// Both rounded to bfloat16, half a unit up, in the low and the high half of each word. For numbers
+// that are not negative.
+HWY_INLINE Word pair_of_bfloat16(Float low, Float high) {
+  const Word half = hn::Set(kWords, 0x8000u);
+  const Word low_bits = hn::ShiftRight<16>(hn::Add(hn::BitCast(kWords, low), half));
+  const Word high_bits = hn::Add(hn::BitCast(kWords, high), half);
+  return hn::Or(hn::And(high_bits, hn::Set(kWords, 0xFFFF0000u)), low_bits);
+}
+
 // ---- Rows of any dtype ----
 
 template <core::DataType kType>
@@ -205,10 +214,9 @@ HWY_INLINE void narrow_row(const float* HWY_RESTRICT from, Float factor, int64_t
   }
 }
 
-// to[d * kToRow + i] = from[i * from_row + d] * factor, for 4 rows i and d in [0, n).
-template <int64_t kToRow>
+// to[d * to_row + i] = from[i * from_row + d] * factor, for 4 rows i and d in [0, n).
 HWY_INLINE void transpose_4_rows(const float* HWY_RESTRICT from, int64_t from_row, int64_t n,
-                                 float factor, float* HWY_RESTRICT to) {
+                                 float factor, float* HWY_RESTRICT to, int64_t to_row) {
   int64_t d = 0;
 #if HWY_TARGET != HWY_SCALAR
   const hn::FixedTag<float, 4> four;
@@ -224,7 +232,7 @@ HWY_INLINE void transpose_4_rows(const float* HWY_RESTRICT from, int64_t from_ro
     const auto high01 = hn::BitCast(pairs, hn::InterleaveUpper(four, row0, row1));
     const auto high23 = hn::BitCast(pairs, hn::InterleaveUpper(four, row2, row3));
     const auto store = [&](auto column, int64_t at) HWY_ATTR {
-      hn::StoreU(hn::Mul(hn::BitCast(four, column), scale), four, to + (d + at) * kToRow);
+      hn::StoreU(hn::Mul(hn::BitCast(four, column), scale), four, to + (d + at) * to_row);
     };
     store(hn::InterleaveLower(pairs, low01, low23), 0);
     store(hn::InterleaveUpper(pairs, low01, low23), 1);
@@ -233,7 +241,7 @@ HWY_INLINE void transpose_4_rows(const float* HWY_RESTRICT from, int64_t from_ro
   }
 #endif
   for (; d < n; ++d) {
-    for (int64_t i = 0; i < 4; ++i) to[d * kToRow + i] = from[i * from_row + d] * factor;
+    for (int64_t i = 0; i < 4; ++i) to[d * to_row + i] = from[i * from_row + d] * factor;
   }
 }
 

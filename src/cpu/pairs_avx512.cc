@@ -1,0 +1,158 @@
+// Products of bfloat16 pairs with AVX512-BF16. Compiled with flags of its own: nothing here may be
+// inline and shared with other sources, standard headers included.
+#include <immintrin.h>
+
+#include "cpu/pairs.h"
+
+namespace fa::cpu {
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+// Register tiles of kRows x kVectors accumulators, of 32 registers.
+template <int kRows, int kVectors>
+inline __attribute__((always_inline)) void multiply_tile(const PairProduct& p, int64_t row,
+                                                         int64_t column) {
+  __m512 sum[kRows][kVectors];
+  float* c = p.c + row * p.c_row + column;
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = p.accumulate ? _mm512_loadu_ps(c + r * p.c_row + v * kLanes) : _mm512_setzero_ps();
+    }
+  }
+  const uint16_t* a = p.a + row * p.a_row;
+  const uint32_t* b = p.b + column;
+  for (int64_t d = 0; d < p.depth; d += 2) {
+    __m512i right[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) right[v] = _mm512_loadu_si512(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      int pair;
+      __builtin_memcpy(&pair, a + r * p.a_row + d, sizeof pair);
+      const __m512bh left = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sum[r][v] = _mm512_dpbf16_ps(sum[r][v], left, reinterpret_cast<__m512bh>(right[v]));
+      }
+    }
+    b += p.b_row;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * p.c_row + v * kLanes, sum[r][v]);
+  }
+}
+
+template <int kRows, int kVectors>
+void multiply_strip(const PairProduct& p, int64_t column) {
+  static_assert(kPairRows % kRows == 0);
+  for (int64_t row = 0; row < p.rows; row += kRows) multiply_tile<kRows, kVectors>(p, row, column);
+}
+
+void multiply(const PairProduct& p) {
+  int64_t column = 0;
+  for (; column + 4 * kLanes <= p.columns; column += 4 * kLanes) multiply_strip<4, 4>(p, column);
+  for (; column + 2 * kLanes <= p.columns; column += 2 * kLanes) multiply_strip<8, 2>(p, column);
+  for (; column < p.columns; column += kLanes) multiply_strip<16, 1>(p, column);
+}
+
+// Elements [at, at + 32) of a row, zeros past its end.
+inline __m512i load_row(const PairRows& from, int64_t row, int64_t at) {
+  if (row >= from.count || from.rows[row] == nullptr || at >= from.n) return _mm512_setzero_si512();
+  const int64_t left = from.n - at;
+  const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+  return _mm512_maskz_loadu_epi16(mask, from.rows[row] + at);
+}
+
+// Rows of words to columns of words.
+inline void transpose_words(__m512i (&m)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(m[i], m[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(m[i], m[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    m[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    m[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    m[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    m[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // rows i, i + 4, ... hold columns i, i + 4, ... of four rows each
+    t[i] = _mm512_shuffle_i32x4(m[i], m[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(m[i], m[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_i32x4(m[i + 8], m[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(m[i + 8], m[i + 12], 0xDD);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    m[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    m[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    m[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+    m[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
+  }
+}
+
+void pack_transposed(const PairRows& from, uint32_t* to, int64_t to_row) {
+  for (int64_t i = 0; i < from.count; i += kLanes) {
+    for (int64_t at = 0; at < from.n; at += 2 * kLanes) {
+      __m512i m[16];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kLanes; ++r) m[r] = load_row(from, i + r, at);
+      transpose_words(m);
+#pragma GCC unroll 16
+      for (int64_t w = 0; w < kLanes; ++w) {
+        _mm512_storeu_si512(to + (at / 2 + w) * to_row + i, m[w]);
+      }
+    }
+  }
+}
+
+// Elements [at, at + 16) of rows 2r and 2r + 1, paired.
+inline __m512i load_pairs(const PairRows& from, int64_t row, int64_t at) {
+  const auto half = [&](int64_t r) {
+    if (r >= from.count || from.rows[r] == nullptr || at >= from.n) return _mm512_setzero_si512();
+    const int64_t left = from.n - at;
+    const __mmask16 mask = static_cast<__mmask16>(left >= 16 ? 0xFFFF : (1 << left) - 1);
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from.rows[r] + at));
+  };
+  return _mm512_or_si512(half(row), _mm512_slli_epi32(half(row + 1), 16));
+}
+
+void transpose(const PairRows& from, uint16_t* to, int64_t to_row) {
+  for (int64_t i = 0; i < from.count; i += 2 * kLanes) {
+    for (int64_t at = 0; at < from.n; at += kLanes) {
+      __m512i m[16];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kLanes; ++r) m[r] = load_pairs(from, i + 2 * r, at);
+      transpose_words(m);
+#pragma GCC unroll 16
+      for (int64_t c = 0; c < kLanes; ++c) _mm512_storeu_si512(to + (at + c) * to_row + i, m[c]);
+    }
+  }
+}
+
+void pack(const PairRows& from, uint32_t* to, int64_t to_row) {
+  const int64_t count = (from.count + kPairDepth - 1) / kPairDepth * kPairDepth;
+  for (int64_t row = 0; row < count; row += 2) {
+    for (int64_t at = 0; at < from.n; at += kLanes) {
+      _mm512_storeu_si512(to + row / 2 * to_row + at, load_pairs(from, row, at));
+    }
+  }
+}
+
+void nothing() {}
+
+constexpr PairKernels kKernels{nothing, nothing, multiply, pack_transposed, transpose, pack};
+
+}  // namespace
+
+const PairKernels* avx512_pair_kernels() { return &kKernels; }
+
+}  // namespace fa::cpu

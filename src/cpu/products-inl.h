@@ -1,0 +1,83 @@
+// The two products of the forward in fp32, S^T = K Q^T and O += P V, with the copies of keys, values
+// and queries that they read. PairProducts does the same in pairs of bfloat16.
+#if defined(FA_CPU_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FA_CPU_PRODUCTS_INL_H_
+#undef FA_CPU_PRODUCTS_INL_H_
+#else
+#define FA_CPU_PRODUCTS_INL_H_
+#endif
+
+#include "cpu/sequence-inl.h"
+#include "cpu/softmax-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace fa::cpu {
+namespace HWY_NAMESPACE {
+
+class FloatProducts {
+ public:
+  // Probabilities stay fp32, [key][query]; o is [query][dv].
+  static constexpr bool kPairs = false;
+
+  FloatProducts(const ForwardCall& call, const SequenceRun& run, const ForwardScratch& layout,
+                float* scratch)
+      : call_(call),
+        run_(run),
+        k_row_(round_up(call.problem.head_dim, kMaxLanes)),
+        v_row_(round_up(call.problem.head_dim_v, kMaxLanes)),
+        k_(scratch + layout.k),
+        v_(scratch + layout.v),
+        scores_(scratch + layout.scores) {}
+
+  // Packs Q^T, times scale * log2(e).
+  HWY_INLINE void load_queries(const ForwardPanel& panel) const {
+    run_.load_transposed(call_.q, panel, call_.scale_log2, scores_, panel.q);
+  }
+  HWY_INLINE void load_keys(const KeyTile& tile) const {
+    run_.load_rows(call_.args.k, tile, k_row_, k_);
+  }
+  HWY_INLINE void load_values(const KeyTile& tile) const {
+    run_.load_rows(call_.args.v, tile, v_row_, v_);
+  }
+
+  // The factor that scores() leaves out.
+  HWY_INLINE float pending_scale() const { return 1.0f; }
+
+  HWY_INLINE void scores(const ForwardPanel& panel, const ScoreTile& tile) const {
+    score_product(panel.q, panel.vectors(), k_, k_row_, call_.problem.head_dim,
+                  run_.keys_of(panel, tile), tile.scores);
+  }
+
+  // Multiplies what was accumulated for queries whose maximum rose.
+  HWY_INLINE void rescale(const ForwardPanel& panel, const float* HWY_RESTRICT correction) const {
+    for (int64_t lane = 0; lane < panel.num_lanes; ++lane) {
+      if (correction[lane] == 1.0f) continue;
+      const Float factor = hn::Set(kFloats, correction[lane]);
+      float* HWY_RESTRICT o = panel.o + lane * v_row_;
+      for (int64_t d = 0; d < v_row_; d += kLanes) {
+        hn::Store(hn::Mul(hn::Load(kFloats, o + d), factor), kFloats, o + d);
+      }
+    }
+  }
+
+  // O += P V.
+  HWY_INLINE void values(const ForwardPanel& panel, const ScoreTile& tile) const {
+    const int64_t vectors = (call_.problem.head_dim_v + kLanes - 1) / kLanes;
+    value_product(tile.scores, panel.num_lanes, v_, v_row_, vectors, run_.keys_of(panel, tile),
+                  panel.started, panel.o);
+  }
+
+ private:
+  const ForwardCall& call_;
+  const SequenceRun& run_;
+  const int64_t k_row_;
+  const int64_t v_row_;
+  float* const k_;       // [tile_keys][k_row]
+  float* const v_;       // [tile_keys][v_row]
+  float* const scores_;  // [tile_keys][kPanel]
+};
+
+}  // namespace HWY_NAMESPACE
+}  // namespace fa::cpu
+HWY_AFTER_NAMESPACE();
+#endif
