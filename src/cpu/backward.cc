@@ -7,13 +7,32 @@
 #include <hwy/foreach_target.h>
 
 #include "cpu/bias_gradient-inl.h"
+#include "cpu/pair_gradient_products-inl.h"
 
 namespace fa::cpu {
 
+namespace HWY_NAMESPACE {
+
+template <class Products>
+BackwardKernels kernels() {
+  return {backward_prepare<Products>, backward_differentiate<Products>, backward_finish<Products>,
+          backward_differentiate_bias<Products>};
+}
+
+}  // namespace HWY_NAMESPACE
+
 template <>
 BackwardKernels backward_kernels<HWY_TARGET>() {
-  using namespace HWY_NAMESPACE;
-  return {backward_prepare, backward_differentiate, backward_finish, backward_differentiate_bias};
+  return HWY_NAMESPACE::kernels<HWY_NAMESPACE::FloatGradientProducts>();
+}
+
+template <>
+BackwardKernels pair_backward_kernels<HWY_TARGET>() {
+#if HWY_TARGET == HWY_AVX3
+  return HWY_NAMESPACE::kernels<HWY_NAMESPACE::PairGradientProducts>();
+#else
+  return {};
+#endif
 }
 
 }  // namespace fa::cpu

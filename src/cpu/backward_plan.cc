@@ -59,14 +59,20 @@ class BackwardPlan final : public core::Plan {
       : problem_(problem),
         set_(set),
         num_chunks_(num_chunks(problem, set.tile_keys)),
-        scratch_floats_(BackwardScratch::layout(problem, set.tile_keys).total) {
+        scratch_floats_(
+            BackwardScratch::layout(problem, set.tile_keys, set.pairs != nullptr).total) {
     Booking book;
     const int64_t panels = max_panels(problem, set.panel, false) * set.panel;
-    q_ = book.take(panels * problem.head_dim);
-    dout_ = book.take(panels * problem.head_dim_v);
+    // Packed pairs take no more than floats do, but for what fills up a row.
+    q_ = book.take(panels * round_up(problem.head_dim, kMaxLanes));
+    dout_ = book.take(panels * round_up(problem.head_dim_v, kMaxLanes));
     lse_ = book.take(panels);
     delta_ = book.take(panels);
     dq_ = book.take(panels * num_chunks_ * round_up(problem.head_dim, kMaxLanes));
+    if (set.pairs != nullptr) {
+      q_pairs_ = book.take(panels / 2 * round_up(problem.head_dim, kMaxLanes));
+      dout_pairs_ = book.take(panels / 2 * round_up(problem.head_dim_v, kMaxLanes));
+    }
     shared_floats_ = book.total();
   }
 
@@ -77,10 +83,10 @@ class BackwardPlan final : public core::Plan {
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
     float* shared = static_cast<float*>(workspace);
-    const BackwardCall call{
-        make_call(args, problem_, set_, false),
-        {shared + q_, shared + dout_, shared + lse_, shared + delta_, shared + dq_},
-        num_chunks_};
+    const BackwardCall call{make_call(args, problem_, set_, false),
+                            {shared + q_, shared + dout_, shared + lse_, shared + delta_,
+                             shared + dq_, shared + q_pairs_, shared + dout_pairs_},
+                            num_chunks_};
     const auto run_all = [&](const std::vector<BackwardTask>& tasks, BackwardKernel kernel) {
       double flops = 0;
       for (const BackwardTask& task : tasks) flops += task.cost;
@@ -197,7 +203,8 @@ class BackwardPlan final : public core::Plan {
   const InstructionSet set_;
   const int64_t num_chunks_;
   const int64_t scratch_floats_;
-  int64_t q_, dout_, lse_, delta_, dq_;  // BackwardBuffers, from the start of the workspace
+  // BackwardBuffers, from the start of the workspace.
+  int64_t q_, dout_, lse_, delta_, dq_, q_pairs_ = 0, dout_pairs_ = 0;
   int64_t shared_floats_;
 };
 
@@ -207,7 +214,8 @@ core::PlanPtr make_backward_plan(const AttentionProblem& problem, const Instruct
   return std::make_shared<BackwardPlan>(problem, set);
 }
 
-BackwardScratch BackwardScratch::layout(const AttentionProblem& problem, int64_t tile_keys) {
+BackwardScratch BackwardScratch::layout(const AttentionProblem& problem, int64_t tile_keys,
+                                        bool pairs) {
   BackwardScratch layout{};
   Booking book;
   const int64_t k_row = round_up(problem.head_dim, kMaxLanes);
@@ -223,6 +231,12 @@ BackwardScratch BackwardScratch::layout(const AttentionProblem& problem, int64_t
   layout.softcap_derivatives = book.take(problem.softcap ? tile_keys * kMaxPanel : 0);
   layout.bias_sums =
       book.take(problem.wants_d_attn_bias ? tile_keys * kMaxPanel + tile_keys + kMaxPanel : 0);
+  if (pairs) {  // two 16-bit elements to a float
+    layout.k_transposed = book.take(k_row * tile_keys / 2);
+    layout.gathered_p = book.take(tile_keys * kGatheredPanels * kMaxPanel / 2);
+    layout.gathered_ds = book.take(tile_keys * kGatheredPanels * kMaxPanel / 2);
+    layout.rows = book.take(kMaxPanel * k_row);
+  }
   layout.total = book.total();
   return layout;
 }

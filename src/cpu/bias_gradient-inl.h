@@ -14,11 +14,15 @@ HWY_BEFORE_NAMESPACE();
 namespace fa::cpu {
 namespace HWY_NAMESPACE {
 
+template <class Products>
 class BiasGradientRun {
+  using TaskRun = BackwardTaskRun<Products>;
+
  public:
   BiasGradientRun(const BackwardCall& call, const BackwardTask& task, float* scratch)
       : call_(call), to_(call.args.d_attn_bias), task_(task), scratch_(scratch) {
-    const BackwardScratch layout = BackwardScratch::layout(call.problem, call.tile_keys);
+    const BackwardScratch layout =
+        BackwardScratch::layout(call.problem, call.tile_keys, Products::kPairs);
     sums_ = scratch + layout.bias_sums;
     key_sums_ = sums_ + call.tile_keys * kPanel;
     query_sums_ = key_sums_ + call.tile_keys;
@@ -71,21 +75,21 @@ class BiasGradientRun {
     const auto heads = range(bias_extent(to_, 3) > 1, task_.head_kv, problem.num_heads);
     for (int64_t batch = batches.begin; batch < batches.end; ++batch) {
       for (int64_t head = heads.begin; head < heads.end; ++head) {
-        const BackwardTaskRun run(call_, batch, head / call_.group, scratch_);
+        const TaskRun run(call_, batch, head / call_.group, scratch_);
         const int64_t index = block * call_.group + head % call_.group;
-        const KeyTile keys{{tile * call_.tile_keys, std::min<int64_t>((tile + 1) * call_.tile_keys,
-                                                                run.run().sequence().seqlen_k)},
-                           tile * call_.tile_keys};
+        const KeyTile keys{
+            {tile * call_.tile_keys,
+             std::min<int64_t>((tile + 1) * call_.tile_keys, run.run().sequence().seqlen_k)},
+            tile * call_.tile_keys};
         if (index < run.num_panels() && !keys.keys.empty()) add(run, run.panel(index), keys);
       }
     }
   }
 
-  HWY_INLINE void add(const BackwardTaskRun& run, const BackwardPanel& panel,
-                      const KeyTile& keys) const {
+  HWY_INLINE void add(const TaskRun& run, const BackwardPanel& panel, const KeyTile& keys) const {
     const ScoreTile tile = run.run().score_tile(panel, keys, run.scores());
     if (tile.begin >= tile.end) return;
-    run.load_keys(keys);
+    run.load_tile(keys);
     run.compute_gradients(panel, tile);
     for (int64_t row = tile.begin; row < tile.end; ++row) {
       for (int64_t i = 0; i < panel.num_lanes; ++i) {
@@ -128,9 +132,10 @@ class BiasGradientRun {
   float* query_sums_;  // [kPanel]
 };
 
+template <class Products>
 void backward_differentiate_bias(const BackwardCall& call, const BackwardTask& task,
                                  float* scratch) {
-  BiasGradientRun(call, task, scratch).run();
+  BiasGradientRun<Products>(call, task, scratch).run();
 }
 
 }  // namespace HWY_NAMESPACE

@@ -13,11 +13,13 @@
 namespace fa::cpu {
 
 // Sizes that hold on every instruction set, so that scratch is booked without knowing which.
-inline constexpr int64_t kMaxLanes = 16;   // fp32 in the widest vector
-inline constexpr int64_t kMaxPanel = 64;   // queries of one panel
-inline constexpr int64_t kTileKeys = 96;   // keys of one tile; divisible by every register tile
+inline constexpr int64_t kMaxLanes = 16;  // fp32 in the widest vector
+inline constexpr int64_t kMaxPanel = 64;  // queries of one panel
+inline constexpr int64_t kTileKeys = 96;  // keys of one tile; divisible by every register tile
 // Longer tiles for products of pairs: each reads and writes its sums once per tile.
 inline constexpr int64_t kPairTileKeys = 192;
+// Panels whose P and dS are gathered before they are multiplied.
+inline constexpr int64_t kGatheredPanels = 4;
 inline constexpr int64_t kMaxPanels = 16;  // panels that share each key tile
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
@@ -27,12 +29,12 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 struct AttentionCall {
   const core::AttentionArgs& args;
   const core::AttentionProblem& problem;
-  float scale_log2;  // softmax_scale * log2(e): scores are kept in base 2
-  int64_t group;     // query heads per key head
-  int64_t panel;     // lanes per panel on the instruction set that runs
-  int64_t tile_keys;  // keys of one tile there
+  float scale_log2;          // softmax_scale * log2(e): scores are kept in base 2
+  int64_t group;             // query heads per key head
+  int64_t panel;             // lanes per panel on the instruction set that runs
+  int64_t tile_keys;         // keys of one tile there
   const PairKernels* pairs;  // of that instruction set, or null
-  bool packs_group;  // a panel holds the queries of all heads of a group
+  bool packs_group;          // a panel holds the queries of all heads of a group
   semantics::DropoutKey dropout_key;
   semantics::Word dropout_threshold;
   // The number of the first panel of each batch, all panels of the call counted.
@@ -97,11 +99,14 @@ struct ForwardKernels {
 
 // What the tasks of a backward share, in the workspace. Panels are counted over the whole call.
 struct BackwardBuffers {
-  float* q;      // Q^T of each panel, times scale * log2(e): [panels][D][panel]
-  float* dout;   // dO^T of each panel: [panels][Dv][panel]
+  float* q;      // Q of each panel, packed as the products want it
+  float* dout;   // dO of each panel, likewise
   float* lse;    // in base 2; +inf where the query sees no key: [panels][panel]
   float* delta;  // sum_d dO O: [panels][panel]
   float* dq;     // not yet times scale: [panels][chunks][panel][D rounded up]
+  // For products of pairs, Q and dO as pairs of queries: [panels][panel / 2][D rounded up].
+  float* q_pairs;
+  float* dout_pairs;
 };
 
 // One (batch, key head) and a part of its work.
@@ -121,8 +126,9 @@ struct BackwardCall : AttentionCall {
 // Where the scratch of one worker lies, in floats.
 struct BackwardScratch {
   int64_t q, dout, k, v, dk, dv, probabilities, score_gradients, softcap_derivatives, bias_sums,
-      total;
-  static BackwardScratch layout(const core::AttentionProblem& problem, int64_t tile_keys);
+      k_transposed, gathered_p, gathered_ds, rows, total;
+  static BackwardScratch layout(const core::AttentionProblem& problem, int64_t tile_keys,
+                                bool pairs);
 };
 
 using BackwardKernel = void (*)(const BackwardCall& call, const BackwardTask& task, float* scratch);
@@ -163,5 +169,7 @@ int64_t panel_size();
 // Kernels whose products are those of AttentionCall::pairs; null where the target has none.
 template <int64_t kTarget>
 ForwardKernels pair_forward_kernels();
+template <int64_t kTarget>
+BackwardKernels pair_backward_kernels();
 
 }  // namespace fa::cpu

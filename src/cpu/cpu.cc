@@ -23,9 +23,6 @@ core::Result<core::PlanPtr> accept(const AttentionProblem& problem, core::Device
   if (set.pairs != nullptr && problem.dtype != core::DataType::kBFloat16) {
     return core::unsupported("takes bfloat16 only");
   }
-  if (set.pairs != nullptr && problem.direction == core::Direction::kBackward) {
-    return core::unsupported("forward only");
-  }
   if (problem.direction == core::Direction::kForward) return make_forward_plan(problem, set);
   if (problem.page_size > 0 || problem.layout == core::Layout::kCache) {
     return core::unsupported("the backward does not take pages or a cache; use contiguous k and v");

@@ -67,8 +67,9 @@ class ForwardTaskRun {
         std::fill_n(panel.running_sum, panel.num_lanes, 0.0f);
       }
       if constexpr (Products::kPairs) {
-        float* rows =
-            call_.num_splits > 1 ? call_.partials.o + slot(p, task_.split) * kPanel * v_row_ : rows_;
+        float* rows = call_.num_splits > 1
+                          ? call_.partials.o + slot(p, task_.split) * kPanel * v_row_
+                          : rows_;
         if (panel.started) products_.store_rows(panel, rows);
         panel.o = rows;
       }
@@ -149,9 +150,8 @@ class ForwardTaskRun {
   HWY_INLINE void attend(ForwardPanel& panel, const KeyTile& keys) const {
     const ScoreTile tile = run_.score_tile(panel, keys, scores_);
     if (tile.begin >= tile.end) return;
-    const auto rescale = [&](const float* correction) HWY_ATTR {
-      products_.rescale(panel, correction);
-    };
+    const auto rescale = [&](const float* correction)
+                             HWY_ATTR { products_.rescale(panel, correction); };
     if (!Products::kPairs || problem_.dropout) {
       compute_scores(panel, tile);
       online_softmax<false>(panel, tile, 1.0f, rescale);

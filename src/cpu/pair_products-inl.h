@@ -1,13 +1,11 @@
-// The two products of the forward in pairs of bfloat16: S^T = K Q^T with the keys' rows as they are,
-// and O^T += V^T P^T, whose sums have the softmax statistics in their lanes as the scores do.
+// The two products of the forward in pairs of bfloat16: S^T = K Q^T with the keys' rows as they
+// are, and O^T += V^T P^T, whose sums have the softmax statistics in their lanes as the scores do.
 #if defined(FA_CPU_PAIR_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FA_CPU_PAIR_PRODUCTS_INL_H_
 #undef FA_CPU_PAIR_PRODUCTS_INL_H_
 #else
 #define FA_CPU_PAIR_PRODUCTS_INL_H_
 #endif
-
-#include <cstring>
 
 #include "cpu/pairs.h"
 #include "cpu/sequence-inl.h"
@@ -16,6 +14,25 @@
 HWY_BEFORE_NAMESPACE();
 namespace fa::cpu {
 namespace HWY_NAMESPACE {
+
+// S^T[key][query] = sum of a[key][d] b[query][d], b being packed, for what the panel's queries see.
+HWY_INLINE void pair_score_product(const AttentionCall& call, const SequenceRun& run,
+                                   const QueryPanel& panel, const ScoreTile& tile,
+                                   const uint16_t* a, int64_t depth, const float* b) {
+  constexpr int64_t kStrip = 2 * kPairColumns;  // so that a causal mask cuts closely
+  const int64_t columns = round_up(panel.num_lanes, kPairColumns);
+  const int64_t strip = run.crosses_band(panel, tile) && panel.one_head() ? kStrip : columns;
+  const auto keys_of = run.keys_of(panel, tile);
+  for (int64_t column = 0; column < columns; column += strip) {
+    const int64_t width = std::min(strip, columns - column);
+    const semantics::Range keys = keys_of(column, column + width);
+    if (keys.empty()) continue;
+    const int64_t first = keys.begin / kPairRows * kPairRows;
+    call.pairs->multiply({a + first * depth, depth, reinterpret_cast<const uint32_t*>(b) + column,
+                          kPanel, tile.scores + first * kPanel + column, kPanel,
+                          round_up(keys.end, kPairRows) - first, width, depth, false});
+  }
+}
 
 class PairProducts {
  public:
@@ -46,16 +63,8 @@ class PairProducts {
                                  reinterpret_cast<uint32_t*>(panel.q), kPanel);
   }
 
-  // Copies the tile's rows: [tile_keys][depth], filled up with zeros.
   HWY_INLINE void load_keys(const KeyTile& tile) const {
-    const core::TensorView& view = call_.args.k;
-    const core::Rows rows = core::key_rows(view, run_.sequence());
-    const int64_t n = call_.problem.head_dim;
-    for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
-      uint16_t* to = k_ + (key - tile.first_key) * depth_;
-      std::memcpy(to, view.as<const uint16_t>() + run_.key_offset(view, rows, key), n * sizeof *to);
-      std::fill(to + n, to + depth_, uint16_t{0});
-    }
+    run_.copy_rows(call_.args.k, tile, depth_, k_);
   }
 
   // V^T: [v_rows][tile_keys]; zeros where the tile has no key, since a zero P meets them.
@@ -64,8 +73,7 @@ class PairProducts {
     const core::Rows rows = core::key_rows(view, run_.sequence());
     const uint16_t* from[kPairTileKeys] = {};
     for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
-      from[key - tile.first_key] =
-          view.as<const uint16_t>() + run_.key_offset(view, rows, key);
+      from[key - tile.first_key] = view.as<const uint16_t>() + run_.key_offset(view, rows, key);
     }
     call_.pairs->transpose({from, tile.keys.end - tile.first_key, call_.problem.head_dim_v}, v_,
                            call_.tile_keys);
@@ -75,20 +83,7 @@ class PairProducts {
   HWY_INLINE float pending_scale() const { return call_.scale_log2; }
 
   HWY_INLINE void scores(const ForwardPanel& panel, const ScoreTile& tile) const {
-    constexpr int64_t kStrip = 2 * kPairColumns;  // so that a causal mask cuts closely
-    const int64_t columns = round_up(panel.num_lanes, kPairColumns);
-    const int64_t strip = run_.crosses_band(panel, tile) && panel.one_head() ? kStrip : columns;
-    const auto keys_of = run_.keys_of(panel, tile);
-    for (int64_t column = 0; column < columns; column += strip) {
-      const int64_t width = std::min(strip, columns - column);
-      const semantics::Range keys = keys_of(column, column + width);
-      if (keys.empty()) continue;
-      const int64_t first = keys.begin / kPairRows * kPairRows;
-      call_.pairs->multiply({k_ + first * depth_, depth_,
-                             reinterpret_cast<const uint32_t*>(panel.q) + column, kPanel,
-                             tile.scores + first * kPanel + column, kPanel,
-                             round_up(keys.end, kPairRows) - first, width, depth_, false});
-    }
+    pair_score_product(call_, run_, panel, tile, k_, depth_, panel.q);
   }
 
   HWY_INLINE void rescale(const ForwardPanel& panel, const float* HWY_RESTRICT correction) const {

@@ -42,12 +42,16 @@ struct PairKernels {
   // B of the rows' transpose: to[w][i] = (rows[i][2w], rows[i][2w + 1]), for w up to n filled up to
   // kPairDepth and i up to count filled up to kPairColumns.
   void (*pack_transposed)(const PairRows& from, uint32_t* to, int64_t to_row);
-  // A of the rows' transpose: to[c][i] = rows[i][c], for c up to n filled up to kPairRows and i up to
-  // count filled up to kPairDepth.
+  // A of the rows' transpose: to[c][i] = rows[i][c], for c up to n filled up to kPairRows and i up
+  // to count filled up to kPairDepth.
   void (*transpose)(const PairRows& from, uint16_t* to, int64_t to_row);
   // B of the rows: to[r][c] = (rows[2r][c], rows[2r + 1][c]), for r up to count filled up to
   // kPairDepth and c up to n filled up to kPairColumns.
   void (*pack)(const PairRows& from, uint32_t* to, int64_t to_row);
+  // to[r][0 .. columns) = from[r][...] rounded, and zeros up to to_columns; columns are multiples
+  // of kPairColumns, to_columns of twice that.
+  void (*round_rows)(const float* from, int64_t from_row, int64_t rows, int64_t columns,
+                     int64_t to_columns, uint16_t* to, int64_t to_row);
 };
 
 const PairKernels* avx512_pair_kernels();

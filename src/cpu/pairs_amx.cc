@@ -1,5 +1,5 @@
-// Products of bfloat16 pairs on AMX tile registers. Compiled with flags of its own: nothing here may
-// be inline and shared with other sources, standard headers included.
+// Products of bfloat16 pairs on AMX tile registers. Compiled with flags of its own: nothing here
+// may be inline and shared with other sources, standard headers included.
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -160,8 +160,13 @@ bool has_amx_bf16() {
 
 const PairKernels* amx_pair_kernels() {
   static const PairKernels* const avx512 = avx512_pair_kernels();
-  static const PairKernels kernels{
-      begin, end, multiply, avx512->pack_transposed, avx512->transpose, avx512->pack};
+  static const PairKernels kernels{begin,
+                                   end,
+                                   multiply,
+                                   avx512->pack_transposed,
+                                   avx512->transpose,
+                                   avx512->pack,
+                                   avx512->round_rows};
   return &kernels;
 }
 

@@ -19,7 +19,8 @@ inline __attribute__((always_inline)) void multiply_tile(const PairProduct& p, i
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = p.accumulate ? _mm512_loadu_ps(c + r * p.c_row + v * kLanes) : _mm512_setzero_ps();
+      sum[r][v] =
+          p.accumulate ? _mm512_loadu_ps(c + r * p.c_row + v * kLanes) : _mm512_setzero_ps();
     }
   }
   const uint16_t* a = p.a + row * p.a_row;
@@ -147,9 +148,23 @@ void pack(const PairRows& from, uint32_t* to, int64_t to_row) {
   }
 }
 
+void round_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns,
+                int64_t to_columns, uint16_t* to, int64_t to_row) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t c = 0; c < to_columns; c += 2 * kLanes) {
+      const auto load = [&](int64_t at) {
+        return at < columns ? _mm512_loadu_ps(from + row * from_row + at) : _mm512_setzero_ps();
+      };
+      const __m512bh both = _mm512_cvtne2ps_pbh(load(c + kLanes), load(c));
+      _mm512_storeu_si512(to + row * to_row + c, reinterpret_cast<__m512i>(both));
+    }
+  }
+}
+
 void nothing() {}
 
-constexpr PairKernels kKernels{nothing, nothing, multiply, pack_transposed, transpose, pack};
+constexpr PairKernels kKernels{nothing,   nothing, multiply,  pack_transposed,
+                               transpose, pack,    round_rows};
 
 }  // namespace
 

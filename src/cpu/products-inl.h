@@ -1,5 +1,5 @@
-// The two products of the forward in fp32, S^T = K Q^T and O += P V, with the copies of keys, values
-// and queries that they read. PairProducts does the same in pairs of bfloat16.
+// The two products of the forward in fp32, S^T = K Q^T and O += P V, with the copies of keys,
+// values and queries that they read. PairProducts does the same in pairs of bfloat16.
 #if defined(FA_CPU_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FA_CPU_PRODUCTS_INL_H_
 #undef FA_CPU_PRODUCTS_INL_H_

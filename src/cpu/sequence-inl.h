@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/score-inl.h"
 
@@ -63,8 +64,9 @@ class SequenceRun {
   HWY_INLINE void for_each_tile(semantics::Range keys, Body&& body) const {
     const int64_t size = call_.tile_keys;
     for (int64_t first = keys.begin / size * size; first < keys.end; first += size) {
-      body(KeyTile{{std::max<int64_t>(first, keys.begin), std::min<int64_t>(first + size, keys.end)},
-                   first});
+      body(
+          KeyTile{{std::max<int64_t>(first, keys.begin), std::min<int64_t>(first + size, keys.end)},
+                  first});
     }
   }
 
@@ -73,8 +75,8 @@ class SequenceRun {
                                 int64_t key) const {
     int64_t offset = rows.offset + key * rows.row_stride;
     if (problem_.page_size > 0) {
-      const core::PagedRow at = core::paged_row(args_.block_table, problem_.page_size, batch_,
-                                                sequence_.k_begin + key);
+      const core::PagedRow at =
+          core::paged_row(args_.block_table, problem_.page_size, batch_, sequence_.k_begin + key);
       offset = at.page * view.strides[0] + at.row * view.strides[1];
     }
     return offset + head_kv_ * rows.head_stride;
@@ -94,7 +96,19 @@ class SequenceRun {
     });
   }
 
-  // The reverse: rounds the tile's rows, times factor, to dk or dv.
+  // Copies the tile's rows of 16-bit elements to [tile_keys][row_size], filled up with zeros.
+  HWY_INLINE void copy_rows(const core::TensorView& from, const KeyTile& tile, int64_t row_size,
+                            uint16_t* HWY_RESTRICT to) const {
+    const int64_t n = from.shape[from.ndim - 1];
+    const core::Rows rows = core::key_rows(from, sequence_);
+    for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
+      uint16_t* HWY_RESTRICT row = to + (key - tile.first_key) * row_size;
+      std::memcpy(row, from.as<const uint16_t>() + key_offset(from, rows, key), n * sizeof *row);
+      std::fill(row + n, row + row_size, uint16_t{0});
+    }
+  }
+
+  // The reverse of load_rows: rounds the tile's rows, times factor, to dk or dv.
   HWY_INLINE void store_rows(const core::TensorView& to, const KeyTile& tile,
                              const float* HWY_RESTRICT from, int64_t row_size, float factor) const {
     const core::Rows rows = core::key_rows(to, sequence_);
@@ -222,8 +236,8 @@ class SequenceRun {
     return problem_.softcap || problem_.alibi || problem_.bias != core::BiasKind::kNone;
   }
 
-  // From scaled products to scores, masked, all in base 2. softcap_derivatives, where not null, gets
-  // those of tanh for each score.
+  // From scaled products to scores, masked, all in base 2. softcap_derivatives, where not null,
+  // gets those of tanh for each score.
   HWY_INLINE void finish_scores(const QueryPanel& panel, const ScoreTile& tile,
                                 float* softcap_derivatives = nullptr) const {
     if (problem_.softcap) apply_softcap(panel, tile, args_.softcap, softcap_derivatives);

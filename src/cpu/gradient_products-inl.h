@@ -1,0 +1,116 @@
+// The five products of the backward in fp32, with the copies that they read. PairGradientProducts
+// does the same in pairs of bfloat16.
+#if defined(FA_CPU_GRADIENT_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef FA_CPU_GRADIENT_PRODUCTS_INL_H_
+#undef FA_CPU_GRADIENT_PRODUCTS_INL_H_
+#else
+#define FA_CPU_GRADIENT_PRODUCTS_INL_H_
+#endif
+
+#include "cpu/sequence-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace fa::cpu {
+namespace HWY_NAMESPACE {
+
+// A panel and what phase `prepare` left of it.
+struct BackwardPanel : QueryPanel {
+  int64_t number;  // among the panels of the call
+  float* q;        // Q and dO, packed as S and dP want them
+  float* dout;
+  float* lse;
+  float* delta;
+  float* dq;  // of one chunk of keys
+};
+
+class FloatGradientProducts {
+ public:
+  static constexpr bool kPairs = false;
+  // Of packed Q or dO, in floats per query.
+  static int64_t packed_size(int64_t head_dim) { return head_dim; }
+
+  FloatGradientProducts(const BackwardCall& call, const SequenceRun& run,
+                        const BackwardScratch& layout, float* scratch)
+      : call_(call),
+        run_(run),
+        k_row_(round_up(call.problem.head_dim, kMaxLanes)),
+        v_row_(round_up(call.problem.head_dim_v, kMaxLanes)),
+        q_(scratch + layout.q),
+        dout_(scratch + layout.dout),
+        k_(scratch + layout.k),
+        v_(scratch + layout.v),
+        dk_(scratch + layout.dk),
+        dv_(scratch + layout.dv),
+        p_(scratch + layout.probabilities),
+        ds_(scratch + layout.score_gradients) {}
+
+  // Q^T, times scale * log2(e), and dO^T.
+  HWY_INLINE void pack(const BackwardPanel& panel) const {
+    run_.load_transposed(call_.args.q, panel, call_.scale_log2, p_, panel.q);
+    run_.load_transposed(call_.args.dout, panel, 1.0f, p_, panel.dout);
+  }
+
+  HWY_INLINE void load_tile(const KeyTile& tile) const {
+    run_.load_rows(call_.args.k, tile, k_row_, k_);
+    run_.load_rows(call_.args.v, tile, v_row_, v_);
+  }
+
+  // The factor that scores() leaves out.
+  HWY_INLINE float pending_scale() const { return 1.0f; }
+
+  // S = Q K^T.
+  HWY_INLINE void scores(const BackwardPanel& panel, const ScoreTile& tile) const {
+    score_product(panel.q, panel.vectors(), k_, k_row_, call_.problem.head_dim,
+                  run_.keys_of(panel, tile), p_);
+  }
+
+  // dP = dO V^T.
+  HWY_INLINE void probability_gradients(const BackwardPanel& panel, const ScoreTile& tile) const {
+    score_product(panel.dout, panel.vectors(), v_, v_row_, call_.problem.head_dim_v,
+                  run_.keys_of(panel, tile), ds_);
+  }
+
+  HWY_INLINE void start_tile(const KeyTile&) const {
+    std::fill_n(dk_, call_.tile_keys * k_row_, 0.0f);
+    std::fill_n(dv_, call_.tile_keys * v_row_, 0.0f);
+  }
+
+  // dV += P^T dO, dK += dS^T Q, dQ += dS K.
+  HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile) const {
+    for (int64_t i = 0; i < panel.num_lanes; ++i) {
+      run_.load_query(call_.args.q, panel, i, q_ + i * k_row_);
+      run_.load_query(call_.args.dout, panel, i, dout_ + i * v_row_);
+    }
+    const auto queries_of = run_.queries_of(panel, tile);
+    const int64_t k_vectors = (call_.problem.head_dim + kLanes - 1) / kLanes;
+    const int64_t v_vectors = (call_.problem.head_dim_v + kLanes - 1) / kLanes;
+    key_product(p_, dout_, v_row_, v_vectors, tile.begin, tile.end, queries_of, dv_);
+    key_product(ds_, q_, k_row_, k_vectors, tile.begin, tile.end, queries_of, dk_);
+    value_product(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile), true,
+                  panel.dq);
+  }
+
+  HWY_INLINE void finish_tile() const {}
+
+  // dQ's rows.
+  HWY_INLINE const float* rows(const BackwardPanel& panel) const { return panel.dq; }
+
+ private:
+  const BackwardCall& call_;
+  const SequenceRun& run_;
+  const int64_t k_row_;
+  const int64_t v_row_;
+  float* const q_;  // Q and dO of a panel, not transposed: [kPanel][k_row], [kPanel][v_row]
+  float* const dout_;
+  float* const k_;  // the tile: [tile_keys][k_row], [tile_keys][v_row]
+  float* const v_;
+  float* const dk_;
+  float* const dv_;
+  float* const p_;   // [tile_keys][kPanel]
+  float* const ds_;  // [tile_keys][kPanel]
+};
+
+}  // namespace HWY_NAMESPACE
+}  // namespace fa::cpu
+HWY_AFTER_NAMESPACE();
+#endif
