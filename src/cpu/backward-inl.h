@@ -37,7 +37,6 @@ class BackwardTaskRun {
         layout_(BackwardScratch::layout(problem_, call.tile_keys, Products::kPairs)),
         products_(call, run_, layout_, scratch),
         scales_late_(Products::kPairs && call.scale_log2 > 0.0f && !run_.transforms_scores()),
-        scratch_(scratch),
         p_(scratch + layout_.probabilities),
         ds_(scratch + layout_.score_gradients),
         derivatives_(problem_.softcap ? scratch + layout_.softcap_derivatives : nullptr) {
@@ -80,9 +79,7 @@ class BackwardTaskRun {
       for (int64_t p = 0; p < num_panels_; ++p) accumulate(panel(p, chunk), tile);
       products_.finish_tile();
       const float keep = 1.0f / (1.0f - static_cast<float>(args_.dropout_p));
-      run_.store_rows(args_.dk, tile, scratch_ + layout_.dk, k_row_,
-                      static_cast<float>(core::softmax_scale(args_)));
-      run_.store_rows(args_.dv, tile, scratch_ + layout_.dv, v_row_, keep);
+      products_.store(tile, static_cast<float>(core::softmax_scale(args_)), keep);
     });
   }
 
@@ -114,17 +111,17 @@ class BackwardTaskRun {
     products_.probability_gradients(panel, tile);
     if (problem_.dropout) {
       const Float keep = hn::Set(kFloats, 1.0f / (1.0f - static_cast<float>(args_.dropout_p)));
-      for_each_dropout_mask(call_, panel, tile, batch_,
-                            [&](auto kept, int64_t row, int64_t v) HWY_ATTR {
-                              gradient_of_vector(panel, row, v, [&](Float& p, Float& dp) HWY_ATTR {
-                                dp = hn::IfThenElseZero(kept, hn::Mul(dp, keep));
-                                return hn::IfThenElseZero(kept, p);
-                              });
-                            });
+      for_each_dropout_mask(
+          call_, panel, tile, batch_, [&](auto kept, int64_t row, int64_t v) HWY_ATTR {
+            gradient_of_vector(panel, tile, row, v, [&](Float& p, Float& dp) HWY_ATTR {
+              dp = hn::IfThenElseZero(kept, hn::Mul(dp, keep));
+              return hn::IfThenElseZero(kept, p);
+            });
+          });
     } else {
       for (int64_t row = tile.begin; row < tile.end; ++row) {
         for (int64_t v = 0; v < panel.vectors(); ++v) {
-          gradient_of_vector(panel, row, v, [](Float& p, Float&) HWY_ATTR { return p; });
+          gradient_of_vector(panel, tile, row, v, [](Float& p, Float&) HWY_ATTR { return p; });
         }
       }
     }
@@ -160,10 +157,10 @@ class BackwardTaskRun {
 
   // p = exp2(s - lse), ds = p (dp - delta). drop(p, dp) masks dp and returns the masked p.
   template <class Drop>
-  HWY_INLINE void gradient_of_vector(const BackwardPanel& panel, int64_t row, int64_t v,
-                                     Drop&& drop) const {
-    float* p_at = p_ + row * kPanel + v * kLanes;
-    float* ds_at = ds_ + row * kPanel + v * kLanes;
+  HWY_INLINE void gradient_of_vector(const BackwardPanel& panel, const ScoreTile& tile, int64_t row,
+                                     int64_t v, Drop&& drop) const {
+    float* p_at = tile.at(row, v);
+    float* ds_at = tile.in(ds_).at(row, v);
     const Float lse = hn::Load(kFloats, panel.lse + v * kLanes);
     const Float s = hn::Load(kFloats, p_at);
     Float p;
@@ -191,13 +188,11 @@ class BackwardTaskRun {
   }
 
   HWY_INLINE void apply_derivatives(const BackwardPanel& panel, const ScoreTile& tile) const {
-    transform_scores(panel, {ds_, tile.first_key, tile.begin, tile.end},
-                     [&](Float ds, int64_t row, int64_t v) HWY_ATTR {
-                       const int64_t at = row * kPanel + v * kLanes;
-                       const auto none = hn::Eq(ds, hn::Zero(kFloats));
-                       return hn::IfThenZeroElse(none,
-                                                 hn::Mul(ds, hn::Load(kFloats, derivatives_ + at)));
-                     });
+    transform_scores(panel, tile.in(ds_), [&](Float ds, int64_t row, int64_t v) HWY_ATTR {
+      const Float derivative = hn::Load(kFloats, tile.in(derivatives_).at(row, v));
+      const auto none = hn::Eq(ds, hn::Zero(kFloats));
+      return hn::IfThenZeroElse(none, hn::Mul(ds, derivative));
+    });
   }
 
   const BackwardCall& call_;
@@ -209,8 +204,7 @@ class BackwardTaskRun {
   const int64_t v_row_;
   const BackwardScratch layout_;
   Products products_;
-  const bool scales_late_;  // P applies the scale that the products left out
-  float* const scratch_;
+  const bool scales_late_;    // P applies the scale that the products left out
   float* const p_;            // [tile_keys][kPanel]
   float* const ds_;           // [tile_keys][kPanel]
   float* const derivatives_;  // of softcap: [tile_keys][kPanel]; null without

@@ -235,7 +235,7 @@ BackwardScratch BackwardScratch::layout(const AttentionProblem& problem, int64_t
     layout.k_transposed = book.take(k_row * tile_keys / 2);
     layout.gathered_p = book.take(tile_keys * kGatheredPanels * kMaxPanel / 2);
     layout.gathered_ds = book.take(tile_keys * kGatheredPanels * kMaxPanel / 2);
-    layout.rows = book.take(kMaxPanel * k_row);
+    layout.rows = book.take(std::max(kMaxPanel * k_row, v_row));
   }
   layout.total = book.total();
   return layout;

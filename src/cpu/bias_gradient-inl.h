@@ -93,7 +93,7 @@ class BiasGradientRun {
     run.compute_gradients(panel, tile);
     for (int64_t row = tile.begin; row < tile.end; ++row) {
       for (int64_t i = 0; i < panel.num_lanes; ++i) {
-        sums_[row * kPanel + i] += run.score_gradients()[row * kPanel + i];
+        sums_[row * kPanel + i] += tile.in(run.score_gradients()).at_lane(row, i);
       }
     }
   }

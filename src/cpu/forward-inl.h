@@ -233,7 +233,7 @@ class ForwardTaskRun {
   HWY_INLINE void negate_dropped(const QueryPanel& panel, const ScoreTile& tile) const {
     for_each_dropout_mask(call_, panel, tile, task_.batch,
                           [&](auto kept, int64_t row, int64_t v) HWY_ATTR {
-                            float* at = tile.scores + row * kPanel + v * kLanes;
+                            float* at = tile.at(row, v);
                             const Float p = hn::Load(kFloats, at);
                             hn::Store(hn::IfThenElse(kept, p, hn::Neg(p)), kFloats, at);
                           });
@@ -246,7 +246,7 @@ class ForwardTaskRun {
                                  panel.query(lane) * to.strides[2];
       for (int64_t row = tile.begin; row < tile.end; ++row) {
         core::store_element(to, row_offset + (tile.first_key + row) * to.strides[3],
-                            tile.scores[row * kPanel + lane]);
+                            tile.at_lane(row, lane));
       }
     }
   }

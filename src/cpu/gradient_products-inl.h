@@ -92,6 +92,12 @@ class FloatGradientProducts {
 
   HWY_INLINE void finish_tile() const {}
 
+  // Rounds dK and dV, times their factors, to where they belong.
+  HWY_INLINE void store(const KeyTile& tile, float k_factor, float v_factor) const {
+    run_.store_rows(call_.args.dk, tile, dk_, k_row_, k_factor);
+    run_.store_rows(call_.args.dv, tile, dv_, v_row_, v_factor);
+  }
+
   // dQ's rows.
   HWY_INLINE const float* rows(const BackwardPanel& panel) const { return panel.dq; }
 

@@ -57,22 +57,23 @@ class PairGradientProducts {
                      run_.query_offset(from, panel.head(lane), panel.query(lane));
       }
       const PairRows all{rows, kPanel, from.shape[from.ndim - 1]};
-      call_.pairs->pack_transposed(all, words(transposed), kPanel);
-      call_.pairs->pack(all, pairs, row);
+      call_.pairs->pack_b_transposed(all, words(transposed),
+                                     round_up(all.n, kPairDepth) / 2 * kPairColumns);
+      call_.pairs->pack_b(all, pairs, kPairDepth / 2 * row, kBlockB);
     };
     pack_rows(call_.args.q, panel.q, q_pairs(panel.number), k_row_);
     pack_rows(call_.args.dout, panel.dout, dout_pairs(panel.number), v_row_);
   }
 
   HWY_INLINE void load_tile(const KeyTile& tile) const {
-    run_.copy_rows(call_.args.k, tile, k_depth_, k_);
-    run_.copy_rows(call_.args.v, tile, v_depth_, v_);
     const uint16_t* rows[kPairTileKeys];
-    for (int64_t row = 0; row < tile.keys.end - tile.first_key; ++row) {
-      rows[row] = tile.first_key + row < tile.keys.begin ? nullptr : k_ + row * k_depth_;
-    }
-    call_.pairs->transpose({rows, tile.keys.end - tile.first_key, call_.problem.head_dim},
-                           k_transposed_, call_.tile_keys);
+    const int64_t count = tile.keys.end - tile.first_key;
+    run_.find_rows(call_.args.v, tile, rows);
+    call_.pairs->pack_a({rows, count, call_.problem.head_dim_v}, v_, kPairRows * v_depth_);
+    run_.find_rows(call_.args.k, tile, rows);
+    const PairRows keys{rows, count, call_.problem.head_dim};
+    call_.pairs->pack_a(keys, k_, kPairRows * k_depth_);
+    call_.pairs->pack_a_transposed(keys, k_transposed_, kPairRows * call_.tile_keys);
   }
 
   HWY_INLINE float pending_scale() const { return call_.scale_log2; }
@@ -82,8 +83,7 @@ class PairGradientProducts {
   }
 
   HWY_INLINE void probability_gradients(const BackwardPanel& panel, const ScoreTile& tile) const {
-    pair_score_product(call_, run_, panel, {ds_, tile.first_key, tile.begin, tile.end}, v_,
-                       v_depth_, panel.dout);
+    pair_score_product(call_, run_, panel, tile.in(ds_), v_, v_depth_, panel.dout);
   }
 
   HWY_INLINE void start_tile(const KeyTile& tile) {
@@ -104,31 +104,30 @@ class PairGradientProducts {
       clear(gathered_at(gathered_ds_, p), 0, num_rows_);
     }
     gathered_.end = panel.number + 1;
-    gather(panel, tile, p_, gathered_at(gathered_p_, panel.number));
-    gather(panel, tile, ds_, gathered_at(gathered_ds_, panel.number));
+    gather(panel, tile, gathered_at(gathered_p_, panel.number));
+    gather(panel, tile.in(ds_), gathered_at(gathered_ds_, panel.number));
 
-    const ScoreTile ds{ds_, tile.first_key, tile.begin, tile.end};
+    const ScoreTile ds = tile.in(ds_);
     pack_pairs(panel, ds);
     clear_pairs_around(panel, ds);
-    const int64_t first = tile.begin / kPairDepth * kPairDepth;
-    call_.pairs->multiply({k_transposed_ + first, call_.tile_keys, words(ds_) + first / 2 * kPanel,
-                           kPanel, panel.dq, kPanel, k_row_,
-                           round_up(panel.num_lanes, kPairColumns),
-                           round_up(tile.end, kPairDepth) - first, true});
+    pair_key_sum(call_, panel, ds, k_transposed_, k_row_, true, panel.dq);
   }
 
   HWY_INLINE void finish_tile() {
     flush();
     if (started_) return;  // else no panel sees the tile
-    std::fill_n(dk_, num_rows_ * k_row_, 0.0f);
-    std::fill_n(dv_, num_rows_ * v_row_, 0.0f);
+    std::fill_n(dk_, call_.tile_keys * k_row_, 0.0f);
+    std::fill_n(dv_, call_.tile_keys * v_row_, 0.0f);
+  }
+
+  HWY_INLINE void store(const KeyTile& tile, float k_factor, float v_factor) const {
+    store_rows(call_.args.dk, tile, dk_, k_row_, k_factor);
+    store_rows(call_.args.dv, tile, dv_, v_row_, v_factor);
   }
 
   // dQ's rows, from its transpose.
   HWY_INLINE const float* rows(const BackwardPanel& panel) const {
-    for (int64_t d = 0; d < k_row_; d += 4) {
-      transpose_4_rows(panel.dq + d * kPanel, kPanel, panel.num_lanes, 1.0f, rows_ + d, k_row_);
-    }
+    rows_of_blocks(panel.dq, k_row_, panel.num_lanes, rows_, k_row_);
     return rows_;
   }
 
@@ -144,43 +143,66 @@ class PairGradientProducts {
     return words(call_.buffers.dout_pairs) + number * kPanel / 2 * v_row_;
   }
 
+  // A panel's columns.
   HWY_INLINE uint16_t* gathered_at(uint16_t* gathered, int64_t number) const {
-    return gathered + (number - gathered_.begin) * kPanel;
+    return gathered + (number - gathered_.begin) * kPanel / kPairDepth * kBlockA;
   }
 
   // Rows [begin, end) of one panel's columns.
   HWY_INLINE static void clear(uint16_t* columns, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      std::fill_n(columns + row * kGatheredRow, kPanel, uint16_t{0});
+      uint16_t* first = columns + row / kPairRows * kGatheredStep + row % kPairRows * kPairDepth;
+      for (int64_t c = 0; c < kPanel; c += kPairDepth) {
+        std::fill_n(first + c / kPairDepth * kBlockA, kPairDepth, uint16_t{0});
+      }
     }
   }
 
   // Rounds a panel's P or dS: zero where it sees no key or has no query.
-  HWY_INLINE void gather(const BackwardPanel& panel, const ScoreTile& tile, const float* from,
-                         uint16_t* to) const {
-    clear(to, 0, tile.begin);
-    call_.pairs->round_rows(from + tile.begin * kPanel, kPanel, tile.end - tile.begin,
-                            panel.vectors() * kLanes, kPanel, to + tile.begin * kGatheredRow,
-                            kGatheredRow);
-    clear(to, tile.end, num_rows_);
+  HWY_INLINE void gather(const BackwardPanel& panel, const ScoreTile& from, uint16_t* to) const {
+    clear(to, 0, from.begin);
+    call_.pairs->round_to_a(from.scores, from.column_step, from.begin, from.end,
+                            panel.vectors() * kLanes, kPanel, to, kGatheredStep);
+    clear(to, from.end, num_rows_);
   }
 
   // dV += P^T dO, dK += dS^T Q, for the panels that were gathered.
   HWY_INLINE void flush() {
     if (gathered_.empty()) return;
-    const int64_t depth = (gathered_.end - gathered_.begin) * kPanel;
-    const auto add = [&](const uint16_t* left, const uint32_t* right, int64_t row, float* sums)
-                         HWY_ATTR {
-                           call_.pairs->multiply({left, kGatheredRow, right, row, sums, row,
-                                                  num_rows_, row, depth, started_});
-                         };
+    const auto add = [&](const uint16_t* left, const uint32_t* right, int64_t row,
+                         float* sums) HWY_ATTR {
+      call_.pairs->multiply({.a = left,
+                             .a_row_step = kGatheredStep,
+                             .b = right,
+                             .b_depth_step = kPairDepth / 2 * row,
+                             .b_column_step = kBlockB,
+                             .c = sums,
+                             .c_column_step = call_.tile_keys * kPairColumns,
+                             .rows = num_rows_,
+                             .columns = row,
+                             .depth = (gathered_.end - gathered_.begin) * kPanel,
+                             .accumulate = started_});
+    };
     add(gathered_p_, dout_pairs(gathered_.begin), v_row_, dv_);
     add(gathered_ds_, q_pairs(gathered_.begin), k_row_, dk_);
     started_ = true;
     gathered_ = {0, 0};
   }
 
-  static constexpr int64_t kGatheredRow = kGatheredPanels * kPanel;
+  // Rounds the tile's rows, times factor, to dk or dv.
+  HWY_INLINE void store_rows(const core::TensorView& to, const KeyTile& tile, const float* from,
+                             int64_t row_size, float factor) const {
+    for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
+      for (int64_t d = 0; d < row_size; d += kPairColumns) {
+        std::copy_n(from + d * call_.tile_keys + (key - tile.first_key) * kPairColumns,
+                    kPairColumns, rows_ + d);
+      }
+      run_.store_key(rows_, factor, to, key);
+    }
+  }
+
+  // Between blocks of rows of what is gathered.
+  static constexpr int64_t kGatheredStep = kGatheredPanels * kPanel * kPairRows;
 
   const BackwardCall& call_;
   const SequenceRun& run_;
@@ -188,16 +210,17 @@ class PairGradientProducts {
   const int64_t v_depth_;
   const int64_t k_row_;
   const int64_t v_row_;
-  uint16_t* const k_;                // [tile_keys][k_depth]
-  uint16_t* const k_transposed_;     // [k_row][tile_keys]
-  uint16_t* const v_;                // [tile_keys][v_depth]
-  float* const dk_;                  // [tile_keys][k_row]
-  float* const dv_;                  // [tile_keys][v_row]
-  float* const p_;                   // [tile_keys][kPanel]
-  float* const ds_;                  // [tile_keys][kPanel]
-  uint16_t* const gathered_p_;       // [tile_keys][kGatheredRow]
-  uint16_t* const gathered_ds_;      // [tile_keys][kGatheredRow]
-  float* const rows_;                // [kPanel][k_row]
+  // The tile, in blocks.
+  uint16_t* const k_;
+  uint16_t* const k_transposed_;
+  uint16_t* const v_;
+  float* const dk_;
+  float* const dv_;
+  float* const p_;
+  float* const ds_;
+  uint16_t* const gathered_p_;  // [tile_keys][kGatheredPanels * kPanel]
+  uint16_t* const gathered_ds_;
+  float* const rows_;                // [kPanel][k_row], or one row of v
   int64_t num_rows_ = 0;             // of the tile, filled up
   semantics::Range gathered_{0, 0};  // numbers of the panels
   bool started_ = false;             // dk and dv hold something

@@ -28,15 +28,52 @@ HWY_INLINE void pair_score_product(const AttentionCall& call, const SequenceRun&
     const semantics::Range keys = keys_of(column, column + width);
     if (keys.empty()) continue;
     const int64_t first = keys.begin / kPairRows * kPairRows;
-    call.pairs->multiply({a + first * depth, depth, reinterpret_cast<const uint32_t*>(b) + column,
-                          kPanel, tile.scores + first * kPanel + column, kPanel,
-                          round_up(keys.end, kPairRows) - first, width, depth, false});
+    call.pairs->multiply({.a = a + first * depth,
+                          .a_row_step = kPairRows * depth,
+                          .b = reinterpret_cast<const uint32_t*>(b) + column * depth / 2,
+                          .b_depth_step = kBlockB,
+                          .b_column_step = kPairColumns * depth / 2,
+                          .c = tile.at(first, column / kPairColumns),
+                          .c_column_step = tile.column_step,
+                          .rows = round_up(keys.end, kPairRows) - first,
+                          .columns = width,
+                          .depth = depth,
+                          .accumulate = false});
+  }
+}
+
+// C += A P^T or A dS^T, for what the panel's queries see. a: blocks of tile_keys of depth; p: pairs
+// in the place of scores.
+HWY_INLINE void pair_key_sum(const AttentionCall& call, const QueryPanel& panel, const ScoreTile& p,
+                             const uint16_t* a, int64_t rows, bool accumulate, float* c) {
+  const int64_t first = p.begin / kPairDepth * kPairDepth;
+  call.pairs->multiply({.a = a + first * kPairRows,
+                        .a_row_step = kPairRows * call.tile_keys,
+                        .b = reinterpret_cast<const uint32_t*>(p.at(first / 2, 0)),
+                        .b_depth_step = kBlockB,
+                        .b_column_step = p.column_step,
+                        .c = c,
+                        .c_column_step = rows * kPairColumns,
+                        .rows = rows,
+                        .columns = round_up(panel.num_lanes, kPairColumns),
+                        .depth = round_up(p.end, kPairDepth) - first,
+                        .accumulate = accumulate});
+}
+
+// Rows of a panel from their transpose in blocks of C: to[lane][0 .. n).
+HWY_INLINE void rows_of_blocks(const float* HWY_RESTRICT from, int64_t n, int64_t num_lanes,
+                               float* HWY_RESTRICT to, int64_t row) {
+  for (int64_t lane = 0; lane < num_lanes; lane += kPairColumns) {
+    for (int64_t d = 0; d < n; d += 4) {
+      transpose_4_rows(from + lane * n + d * kPairColumns, kPairColumns,
+                       std::min(kPairColumns, num_lanes - lane), 1.0f, to + lane * row + d, row);
+    }
   }
 }
 
 class PairProducts {
  public:
-  // Probabilities become pairs of keys, [key / 2][query]; o is [dv][query].
+  // Probabilities become pairs of keys; o is transposed.
   static constexpr bool kPairs = true;
 
   PairProducts(const ForwardCall& call, const SequenceRun& run, const ForwardScratch& layout,
@@ -59,24 +96,23 @@ class PairProducts {
       rows[lane] = call_.q.as<const uint16_t>() +
                    run_.query_offset(call_.q, panel.head(lane), panel.query(lane));
     }
-    call_.pairs->pack_transposed({rows, panel.num_lanes, call_.problem.head_dim},
-                                 reinterpret_cast<uint32_t*>(panel.q), kPanel);
+    call_.pairs->pack_b_transposed({rows, panel.num_lanes, call_.problem.head_dim},
+                                   reinterpret_cast<uint32_t*>(panel.q), depth_ / 2 * kPairColumns);
   }
 
   HWY_INLINE void load_keys(const KeyTile& tile) const {
-    run_.copy_rows(call_.args.k, tile, depth_, k_);
+    const uint16_t* rows[kPairTileKeys];
+    run_.find_rows(call_.args.k, tile, rows);
+    call_.pairs->pack_a({rows, tile.keys.end - tile.first_key, call_.problem.head_dim}, k_,
+                        kPairRows * depth_);
   }
 
-  // V^T: [v_rows][tile_keys]; zeros where the tile has no key, since a zero P meets them.
+  // V^T; zeros where the tile has no key, since a zero P meets them.
   HWY_INLINE void load_values(const KeyTile& tile) const {
-    const core::TensorView& view = call_.args.v;
-    const core::Rows rows = core::key_rows(view, run_.sequence());
-    const uint16_t* from[kPairTileKeys] = {};
-    for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
-      from[key - tile.first_key] = view.as<const uint16_t>() + run_.key_offset(view, rows, key);
-    }
-    call_.pairs->transpose({from, tile.keys.end - tile.first_key, call_.problem.head_dim_v}, v_,
-                           call_.tile_keys);
+    const uint16_t* rows[kPairTileKeys];
+    run_.find_rows(call_.args.v, tile, rows);
+    call_.pairs->pack_a_transposed({rows, tile.keys.end - tile.first_key, call_.problem.head_dim_v},
+                                   v_, kPairRows * call_.tile_keys);
   }
 
   // Folded into q it would be rounded with it.
@@ -90,28 +126,20 @@ class PairProducts {
     for (int64_t v = 0; v < panel.vectors(); ++v) {
       const Float factor = hn::Load(kFloats, correction + v * kLanes);
       if (hn::AllTrue(kFloats, hn::Eq(factor, hn::Set(kFloats, 1.0f)))) continue;
-      float* HWY_RESTRICT o = panel.o + v * kLanes;
+      float* HWY_RESTRICT o = panel.o + v * kLanes * v_rows_;
       for (int64_t d = 0; d < v_rows_; ++d) {
-        hn::Store(hn::Mul(hn::Load(kFloats, o + d * kPanel), factor), kFloats, o + d * kPanel);
+        hn::Store(hn::Mul(hn::Load(kFloats, o + d * kLanes), factor), kFloats, o + d * kLanes);
       }
     }
   }
 
   HWY_INLINE void values(const ForwardPanel& panel, const ScoreTile& tile) const {
-    const int64_t first = tile.begin / kPairDepth * kPairDepth;
-    call_.pairs->multiply({v_ + first, call_.tile_keys,
-                           reinterpret_cast<const uint32_t*>(tile.scores) + first / 2 * kPanel,
-                           kPanel, panel.o, kPanel, v_rows_,
-                           round_up(panel.num_lanes, kPairColumns),
-                           round_up(tile.end, kPairDepth) - first, panel.started});
+    pair_key_sum(call_, panel, tile, v_, v_rows_, panel.started, panel.o);
   }
 
   // O from O^T, one row per lane.
   HWY_INLINE void store_rows(const ForwardPanel& panel, float* HWY_RESTRICT rows) const {
-    const int64_t row = round_up(call_.problem.head_dim_v, kMaxLanes);
-    for (int64_t d = 0; d < v_rows_; d += 4) {
-      transpose_4_rows(panel.o + d * kPanel, kPanel, panel.num_lanes, 1.0f, rows + d, row);
-    }
+    rows_of_blocks(panel.o, v_rows_, panel.num_lanes, rows, v_rows_);
   }
 
  private:

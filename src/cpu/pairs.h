@@ -1,6 +1,10 @@
 // Matrix products of bfloat16 pairs with fp32 sums, as AVX512-BF16 and AMX have them: each step
 // multiplies two neighbours along the summed axis. Implemented without Highway, which has neither,
 // in sources with compiler flags of their own.
+//
+// Matrices are cut into blocks of 1 KiB, a tile register of AMX each, whose 64-byte rows lie end to
+// end: rows that are a power of two apart would collide in the L1 cache.
+//   A: 16 rows x 32 of depth   B: 32 of depth x 16 columns, pairs   C: 16 rows x 16 columns, fp32
 #pragma once
 
 #include <cstdint>
@@ -12,15 +16,22 @@ inline constexpr int64_t kPairRows = 16;     // of A and C
 inline constexpr int64_t kPairColumns = 16;  // of B and C
 inline constexpr int64_t kPairDepth = 32;    // the summed axis
 
-// C[rows][columns] = A B, or += A B. A: [rows][a_row], bfloat16. B: [depth / 2][b_row], each word
-// the pair of elements 2r (its low half) and 2r + 1 of a column.
+// Elements of a block: bfloat16 of A, words of B, each the pair of elements 2r (its low half) and
+// 2r + 1 of a column, and fp32 of C.
+inline constexpr int64_t kBlockA = kPairRows * kPairDepth;
+inline constexpr int64_t kBlockB = kPairDepth / 2 * kPairColumns;
+inline constexpr int64_t kBlockC = kPairRows * kPairColumns;
+
+// C = A B, or += A B. Blocks of A lie end to end along the depth, those of C along the rows; the
+// steps, in elements, lead to the next block of rows, of depth or of columns.
 struct PairProduct {
   const uint16_t* a;
-  int64_t a_row;
+  int64_t a_row_step;
   const uint32_t* b;
-  int64_t b_row;
+  int64_t b_depth_step;
+  int64_t b_column_step;
   float* c;
-  int64_t c_row;
+  int64_t c_column_step;
   int64_t rows;
   int64_t columns;
   int64_t depth;
@@ -39,19 +50,18 @@ struct PairKernels {
   void (*begin)();
   void (*end)();
   void (*multiply)(const PairProduct& product);
-  // B of the rows' transpose: to[w][i] = (rows[i][2w], rows[i][2w + 1]), for w up to n filled up to
-  // kPairDepth and i up to count filled up to kPairColumns.
-  void (*pack_transposed)(const PairRows& from, uint32_t* to, int64_t to_row);
-  // A of the rows' transpose: to[c][i] = rows[i][c], for c up to n filled up to kPairRows and i up
-  // to count filled up to kPairDepth.
-  void (*transpose)(const PairRows& from, uint16_t* to, int64_t to_row);
-  // B of the rows: to[r][c] = (rows[2r][c], rows[2r + 1][c]), for r up to count filled up to
-  // kPairDepth and c up to n filled up to kPairColumns.
-  void (*pack)(const PairRows& from, uint32_t* to, int64_t to_row);
-  // to[r][0 .. columns) = from[r][...] rounded, and zeros up to to_columns; columns are multiples
-  // of kPairColumns, to_columns of twice that.
-  void (*round_rows)(const float* from, int64_t from_row, int64_t rows, int64_t columns,
-                     int64_t to_columns, uint16_t* to, int64_t to_row);
+  // A = the rows.
+  void (*pack_a)(const PairRows& from, uint16_t* to, int64_t row_step);
+  // A = the rows' transpose.
+  void (*pack_a_transposed)(const PairRows& from, uint16_t* to, int64_t row_step);
+  // B = the rows.
+  void (*pack_b)(const PairRows& from, uint32_t* to, int64_t depth_step, int64_t column_step);
+  // B = the rows' transpose.
+  void (*pack_b_transposed)(const PairRows& from, uint32_t* to, int64_t column_step);
+  // A[begin .. end) = those rows of a matrix in blocks of C, rounded, of which columns past
+  // `columns` count as zeros. columns: a multiple of kPairColumns; all_columns: of kPairDepth.
+  void (*round_to_a)(const float* from, int64_t column_step, int64_t begin, int64_t end,
+                     int64_t columns, int64_t all_columns, uint16_t* to, int64_t row_step);
 };
 
 const PairKernels* avx512_pair_kernels();

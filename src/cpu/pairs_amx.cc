@@ -10,9 +10,6 @@
 namespace fa::cpu {
 namespace {
 
-// A tile register holds 16 rows of 64 bytes: 16 x 16 fp32, or 16 x 32 bfloat16.
-constexpr int64_t kTile = 16;
-
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;
@@ -25,113 +22,120 @@ constexpr TileConfig kConfig;
 void begin() { _tile_loadconfig(&kConfig); }
 void end() { _tile_release(); }
 
-// Tile registers have constant names: accumulators 0 to 3, A 4 and 5, B 6 and 7.
+// Blocks lie end to end, 64 bytes a row.
+constexpr int64_t kStride = 64;
 
-// 32 x 32 of C.
-inline __attribute__((always_inline)) void multiply_2x2(const PairProduct& p, int64_t row,
-                                                        int64_t column) {
-  const int64_t a_bytes = p.a_row * 2, b_bytes = p.b_row * 4, c_bytes = p.c_row * 4;
-  float* c0 = p.c + row * p.c_row + column;
-  float* c1 = c0 + kTile * p.c_row;
-  if (p.accumulate) {
-    _tile_loadd(0, c0, c_bytes);
-    _tile_loadd(1, c0 + kTile, c_bytes);
-    _tile_loadd(2, c1, c_bytes);
-    _tile_loadd(3, c1 + kTile, c_bytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  const uint16_t* a = p.a + row * p.a_row;
-  const uint32_t* b = p.b + column;
-  for (int64_t d = 0; d < p.depth; d += kPairDepth) {
-    _tile_loadd(6, b, b_bytes);
-    _tile_loadd(4, a, a_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + kTile, b_bytes);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + kTile * p.a_row, a_bytes);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    a += kPairDepth;
-    b += kPairDepth / 2 * p.b_row;
-  }
-  _tile_stored(0, c0, c_bytes);
-  _tile_stored(1, c0 + kTile, c_bytes);
-  _tile_stored(2, c1, c_bytes);
-  _tile_stored(3, c1 + kTile, c_bytes);
-}
+// Tile registers have constant names: accumulators 0 to 3, operands 4 to 7. Loads come as early as
+// the registers allow: two threads on a core leave too few for the processor to rename.
 
-// 16 x 64 of C: each tile of A, which comes from farther away, is used four times.
+// One block of rows and four of columns: each block of A, which comes from farther away, is used
+// four times.
 inline __attribute__((always_inline)) void multiply_1x4(const PairProduct& p, int64_t row,
                                                         int64_t column) {
-  const int64_t a_bytes = p.a_row * 2, b_bytes = p.b_row * 4, c_bytes = p.c_row * 4;
-  float* c = p.c + row * p.c_row + column;
+  float* c0 = p.c + row * kBlockC + column * p.c_column_step;
+  float* c1 = c0 + p.c_column_step;
+  float* c2 = c1 + p.c_column_step;
+  float* c3 = c2 + p.c_column_step;
   if (p.accumulate) {
-    _tile_loadd(0, c, c_bytes);
-    _tile_loadd(1, c + kTile, c_bytes);
-    _tile_loadd(2, c + 2 * kTile, c_bytes);
-    _tile_loadd(3, c + 3 * kTile, c_bytes);
+    _tile_loadd(0, c0, kStride);
+    _tile_loadd(1, c1, kStride);
+    _tile_loadd(2, c2, kStride);
+    _tile_loadd(3, c3, kStride);
   } else {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   }
-  const uint16_t* a = p.a + row * p.a_row;
-  const uint32_t* b = p.b + column;
+  const uint16_t* a = p.a + row * p.a_row_step;
+  const uint32_t* b = p.b + column * p.b_column_step;
   for (int64_t d = 0; d < p.depth; d += kPairDepth) {
-    _tile_loadd(4, a, a_bytes);
-    _tile_loadd(6, b, b_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + kTile, b_bytes);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, b + 2 * kTile, b_bytes);
-    _tile_dpbf16ps(2, 4, 5);
-    _tile_loadd(6, b + 3 * kTile, b_bytes);
-    _tile_dpbf16ps(3, 4, 6);
-    a += kPairDepth;
-    b += kPairDepth / 2 * p.b_row;
+    _tile_loadd(4, a, kStride);
+    _tile_loadd(5, b, kStride);
+    _tile_loadd(6, b + p.b_column_step, kStride);
+    _tile_loadd(7, b + 2 * p.b_column_step, kStride);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(5, b + 3 * p.b_column_step, kStride);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 4, 5);
+    a += kBlockA;
+    b += p.b_depth_step;
   }
-  _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + kTile, c_bytes);
-  _tile_stored(2, c + 2 * kTile, c_bytes);
-  _tile_stored(3, c + 3 * kTile, c_bytes);
+  _tile_stored(0, c0, kStride);
+  _tile_stored(1, c1, kStride);
+  _tile_stored(2, c2, kStride);
+  _tile_stored(3, c3, kStride);
 }
 
-// 16 x 16 of C: what is left over.
-inline void multiply_1x1(const PairProduct& p, int64_t row, int64_t column) {
-  float* c = p.c + row * p.c_row + column;
+// Two blocks of rows and two of columns.
+inline __attribute__((always_inline)) void multiply_2x2(const PairProduct& p, int64_t row,
+                                                        int64_t column) {
+  float* c0 = p.c + row * kBlockC + column * p.c_column_step;
+  float* c1 = c0 + p.c_column_step;
   if (p.accumulate) {
-    _tile_loadd(0, c, p.c_row * 4);
+    _tile_loadd(0, c0, kStride);
+    _tile_loadd(1, c1, kStride);
+    _tile_loadd(2, c0 + kBlockC, kStride);
+    _tile_loadd(3, c1 + kBlockC, kStride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const uint16_t* a = p.a + row * p.a_row_step;
+  const uint32_t* b = p.b + column * p.b_column_step;
+  for (int64_t d = 0; d < p.depth; d += kPairDepth) {
+    _tile_loadd(4, a, kStride);
+    _tile_loadd(5, a + p.a_row_step, kStride);
+    _tile_loadd(6, b, kStride);
+    _tile_loadd(7, b + p.b_column_step, kStride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    a += kBlockA;
+    b += p.b_depth_step;
+  }
+  _tile_stored(0, c0, kStride);
+  _tile_stored(1, c1, kStride);
+  _tile_stored(2, c0 + kBlockC, kStride);
+  _tile_stored(3, c1 + kBlockC, kStride);
+}
+
+// One block of each: what is left over.
+inline void multiply_1x1(const PairProduct& p, int64_t row, int64_t column) {
+  float* c = p.c + row * kBlockC + column * p.c_column_step;
+  if (p.accumulate) {
+    _tile_loadd(0, c, kStride);
   } else {
     _tile_zero(0);
   }
   for (int64_t d = 0; d < p.depth; d += kPairDepth) {
-    _tile_loadd(4, p.a + row * p.a_row + d, p.a_row * 2);
-    _tile_loadd(6, p.b + d / 2 * p.b_row + column, p.b_row * 4);
+    _tile_loadd(4, p.a + row * p.a_row_step + d / kPairDepth * kBlockA, kStride);
+    _tile_loadd(6, p.b + column * p.b_column_step + d / kPairDepth * p.b_depth_step, kStride);
     _tile_dpbf16ps(0, 4, 6);
   }
-  _tile_stored(0, c, p.c_row * 4);
+  _tile_stored(0, c, kStride);
 }
 
 void multiply(const PairProduct& p) {
+  const int64_t rows = p.rows / kPairRows, columns = p.columns / kPairColumns;
   int64_t column = 0;
-  for (; column + 4 * kTile <= p.columns; column += 4 * kTile) {
-    for (int64_t row = 0; row < p.rows; row += kTile) multiply_1x4(p, row, column);
+  for (; column + 4 <= columns; column += 4) {
+    for (int64_t row = 0; row < rows; ++row) multiply_1x4(p, row, column);
   }
-  for (; column + 2 * kTile <= p.columns; column += 2 * kTile) {
+  for (; column + 2 <= columns; column += 2) {
     int64_t row = 0;
-    for (; row + 2 * kTile <= p.rows; row += 2 * kTile) multiply_2x2(p, row, column);
-    for (; row < p.rows; row += kTile) {
+    for (; row + 2 <= rows; row += 2) multiply_2x2(p, row, column);
+    for (; row < rows; ++row) {
       multiply_1x1(p, row, column);
-      multiply_1x1(p, row, column + kTile);
+      multiply_1x1(p, row, column + 1);
     }
   }
-  for (; column < p.columns; column += kTile) {
-    for (int64_t row = 0; row < p.rows; row += kTile) multiply_1x1(p, row, column);
+  for (; column < columns; ++column) {
+    for (int64_t row = 0; row < rows; ++row) multiply_1x1(p, row, column);
   }
 }
 
@@ -163,10 +167,11 @@ const PairKernels* amx_pair_kernels() {
   static const PairKernels kernels{begin,
                                    end,
                                    multiply,
-                                   avx512->pack_transposed,
-                                   avx512->transpose,
-                                   avx512->pack,
-                                   avx512->round_rows};
+                                   avx512->pack_a,
+                                   avx512->pack_a_transposed,
+                                   avx512->pack_b,
+                                   avx512->pack_b_transposed,
+                                   avx512->round_to_a};
   return &kernels;
 }
 

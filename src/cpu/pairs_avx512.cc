@@ -12,53 +12,63 @@ constexpr int64_t kLanes = 16;
 // Register tiles of kRows x kVectors accumulators, of 32 registers.
 template <int kRows, int kVectors>
 inline __attribute__((always_inline)) void multiply_tile(const PairProduct& p, int64_t row,
-                                                         int64_t column) {
+                                                         int64_t column_block) {
   __m512 sum[kRows][kVectors];
-  float* c = p.c + row * p.c_row + column;
+  float* c = p.c + row * kLanes + column_block * p.c_column_step;
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] =
-          p.accumulate ? _mm512_loadu_ps(c + r * p.c_row + v * kLanes) : _mm512_setzero_ps();
+      sum[r][v] = p.accumulate ? _mm512_loadu_ps(c + r * kLanes + v * p.c_column_step)
+                               : _mm512_setzero_ps();
     }
   }
-  const uint16_t* a = p.a + row * p.a_row;
-  const uint32_t* b = p.b + column;
-  for (int64_t d = 0; d < p.depth; d += 2) {
-    __m512i right[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) right[v] = _mm512_loadu_si512(b + v * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      int pair;
-      __builtin_memcpy(&pair, a + r * p.a_row + d, sizeof pair);
-      const __m512bh left = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+  const uint16_t* a = p.a + row / kPairRows * p.a_row_step + row % kPairRows * kPairDepth;
+  const uint32_t* b = p.b + column_block * p.b_column_step;
+  for (int64_t depth = 0; depth < p.depth; depth += kPairDepth) {
+    for (int64_t d = 0; d < kPairDepth; d += 2) {
+      __m512i right[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        sum[r][v] = _mm512_dpbf16_ps(sum[r][v], left, reinterpret_cast<__m512bh>(right[v]));
+        right[v] = _mm512_loadu_si512(b + d / 2 * kLanes + v * p.b_column_step);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        int pair;
+        __builtin_memcpy(&pair, a + r * kPairDepth + d, sizeof pair);
+        const __m512bh left = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          sum[r][v] = _mm512_dpbf16_ps(sum[r][v], left, reinterpret_cast<__m512bh>(right[v]));
+        }
       }
     }
-    b += p.b_row;
+    a += kBlockA;
+    b += p.b_depth_step;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * p.c_row + v * kLanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      _mm512_storeu_ps(c + r * kLanes + v * p.c_column_step, sum[r][v]);
+    }
   }
 }
 
 template <int kRows, int kVectors>
-void multiply_strip(const PairProduct& p, int64_t column) {
+void multiply_strip(const PairProduct& p, int64_t column_block) {
   static_assert(kPairRows % kRows == 0);
-  for (int64_t row = 0; row < p.rows; row += kRows) multiply_tile<kRows, kVectors>(p, row, column);
+  for (int64_t row = 0; row < p.rows; row += kRows) {
+    multiply_tile<kRows, kVectors>(p, row, column_block);
+  }
 }
 
 void multiply(const PairProduct& p) {
-  int64_t column = 0;
-  for (; column + 4 * kLanes <= p.columns; column += 4 * kLanes) multiply_strip<4, 4>(p, column);
-  for (; column + 2 * kLanes <= p.columns; column += 2 * kLanes) multiply_strip<8, 2>(p, column);
-  for (; column < p.columns; column += kLanes) multiply_strip<16, 1>(p, column);
+  const int64_t blocks = p.columns / kPairColumns;
+  int64_t block = 0;
+  for (; block + 4 <= blocks; block += 4) multiply_strip<4, 4>(p, block);
+  for (; block + 2 <= blocks; block += 2) multiply_strip<8, 2>(p, block);
+  for (; block < blocks; ++block) multiply_strip<16, 1>(p, block);
 }
 
 // Elements [at, at + 32) of a row, zeros past its end.
@@ -100,17 +110,26 @@ inline void transpose_words(__m512i (&m)[16]) {
   }
 }
 
-void pack_transposed(const PairRows& from, uint32_t* to, int64_t to_row) {
+void pack_b_transposed(const PairRows& from, uint32_t* to, int64_t column_step) {
   for (int64_t i = 0; i < from.count; i += kLanes) {
-    for (int64_t at = 0; at < from.n; at += 2 * kLanes) {
+    for (int64_t at = 0; at < from.n; at += kPairDepth) {
       __m512i m[16];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kLanes; ++r) m[r] = load_row(from, i + r, at);
       transpose_words(m);
+      uint32_t* block = to + i / kPairColumns * column_step + at / kPairDepth * kBlockB;
 #pragma GCC unroll 16
-      for (int64_t w = 0; w < kLanes; ++w) {
-        _mm512_storeu_si512(to + (at / 2 + w) * to_row + i, m[w]);
-      }
+      for (int64_t w = 0; w < kLanes; ++w) _mm512_storeu_si512(block + w * kLanes, m[w]);
+    }
+  }
+}
+
+void pack_a(const PairRows& from, uint16_t* to, int64_t row_step) {
+  const int64_t count = (from.count + kPairRows - 1) / kPairRows * kPairRows;
+  for (int64_t row = 0; row < count; ++row) {
+    uint16_t* first = to + row / kPairRows * row_step + row % kPairRows * kPairDepth;
+    for (int64_t at = 0; at < from.n; at += kPairDepth) {
+      _mm512_storeu_si512(first + at / kPairDepth * kBlockA, load_row(from, row, at));
     }
   }
 }
@@ -126,45 +145,50 @@ inline __m512i load_pairs(const PairRows& from, int64_t row, int64_t at) {
   return _mm512_or_si512(half(row), _mm512_slli_epi32(half(row + 1), 16));
 }
 
-void transpose(const PairRows& from, uint16_t* to, int64_t to_row) {
-  for (int64_t i = 0; i < from.count; i += 2 * kLanes) {
+void pack_a_transposed(const PairRows& from, uint16_t* to, int64_t row_step) {
+  for (int64_t i = 0; i < from.count; i += kPairDepth) {
     for (int64_t at = 0; at < from.n; at += kLanes) {
       __m512i m[16];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kLanes; ++r) m[r] = load_pairs(from, i + 2 * r, at);
       transpose_words(m);
+      uint16_t* block = to + at / kPairRows * row_step + i / kPairDepth * kBlockA;
 #pragma GCC unroll 16
-      for (int64_t c = 0; c < kLanes; ++c) _mm512_storeu_si512(to + (at + c) * to_row + i, m[c]);
+      for (int64_t c = 0; c < kLanes; ++c) _mm512_storeu_si512(block + c * kPairDepth, m[c]);
     }
   }
 }
 
-void pack(const PairRows& from, uint32_t* to, int64_t to_row) {
+void pack_b(const PairRows& from, uint32_t* to, int64_t depth_step, int64_t column_step) {
   const int64_t count = (from.count + kPairDepth - 1) / kPairDepth * kPairDepth;
   for (int64_t row = 0; row < count; row += 2) {
+    uint32_t* first = to + row / kPairDepth * depth_step + row % kPairDepth / 2 * kLanes;
     for (int64_t at = 0; at < from.n; at += kLanes) {
-      _mm512_storeu_si512(to + row / 2 * to_row + at, load_pairs(from, row, at));
+      _mm512_storeu_si512(first + at / kPairColumns * column_step, load_pairs(from, row, at));
     }
   }
 }
 
-void round_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns,
-                int64_t to_columns, uint16_t* to, int64_t to_row) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t c = 0; c < to_columns; c += 2 * kLanes) {
+void round_to_a(const float* from, int64_t column_step, int64_t begin, int64_t end, int64_t columns,
+                int64_t all_columns, uint16_t* to, int64_t row_step) {
+  for (int64_t row = begin; row < end; ++row) {
+    uint16_t* first = to + row / kPairRows * row_step + row % kPairRows * kPairDepth;
+    for (int64_t c = 0; c < all_columns; c += kPairDepth) {
       const auto load = [&](int64_t at) {
-        return at < columns ? _mm512_loadu_ps(from + row * from_row + at) : _mm512_setzero_ps();
+        return at < columns
+                   ? _mm512_loadu_ps(from + at / kPairColumns * column_step + row * kPairColumns)
+                   : _mm512_setzero_ps();
       };
       const __m512bh both = _mm512_cvtne2ps_pbh(load(c + kLanes), load(c));
-      _mm512_storeu_si512(to + row * to_row + c, reinterpret_cast<__m512i>(both));
+      _mm512_storeu_si512(first + c / kPairDepth * kBlockA, reinterpret_cast<__m512i>(both));
     }
   }
 }
 
 void nothing() {}
 
-constexpr PairKernels kKernels{nothing,   nothing, multiply,  pack_transposed,
-                               transpose, pack,    round_rows};
+constexpr PairKernels kKernels{nothing,           nothing, multiply,          pack_a,
+                               pack_a_transposed, pack_b,  pack_b_transposed, round_to_a};
 
 }  // namespace
 

@@ -52,10 +52,26 @@ HWY_INLINE hn::Vec<IntTag> query_of_lanes(const QueryPanel& panel, int64_t v) {
 
 // The scores of one panel against the keys [begin, end) of a tile.
 struct ScoreTile {
-  float* scores;      // S^T: [tile_keys][kPanel]
+  float* scores;      // S^T: [tile_keys][kPanel], or [kPanel / kLanes][tile_keys][kLanes]
   int64_t first_key;  // the sequence's index of row 0
   int64_t begin;
   int64_t end;
+  int64_t row_step;
+  int64_t column_step;  // between vectors of lanes
+
+  // The key's row, vector v of lanes.
+  HWY_INLINE float* at(int64_t row, int64_t v) const {
+    return scores + row * row_step + v * column_step;
+  }
+  HWY_INLINE float& at_lane(int64_t row, int64_t lane) const {
+    return at(row, lane / kLanes)[lane % kLanes];
+  }
+  // The same keys and lanes in another buffer.
+  HWY_INLINE ScoreTile in(float* buffer) const {
+    ScoreTile other = *this;
+    other.scores = buffer;
+    return other;
+  }
 };
 
 // Calls body(vector at (key, lanes from v), key's row, v) and stores what it returns.
@@ -63,7 +79,7 @@ template <class Body>
 HWY_INLINE void transform_scores(const QueryPanel& panel, const ScoreTile& tile, Body&& body) {
   for (int64_t row = tile.begin; row < tile.end; ++row) {
     for (int64_t v = 0; v < panel.vectors(); ++v) {
-      float* at = tile.scores + row * kPanel + v * kLanes;
+      float* at = tile.at(row, v);
       hn::Store(body(hn::Load(kFloats, at), row, v), kFloats, at);
     }
   }
@@ -79,7 +95,7 @@ HWY_INLINE void apply_softcap(const QueryPanel& panel, const ScoreTile& tile, do
     const Float t = tanh(hn::Mul(s, inverse));
     if (derivatives != nullptr) {
       hn::Store(hn::NegMulAdd(t, t, hn::Set(kFloats, 1.0f)), kFloats,
-                derivatives + row * kPanel + v * kLanes);
+                tile.in(derivatives).at(row, v));
     }
     return hn::Mul(cap, t);
   });
@@ -126,7 +142,7 @@ HWY_INLINE void apply_bias(const QueryPanel& panel, const ScoreTile& tile, const
     }
     for (int64_t i = distinct; i < panel.num_lanes; ++i) row_bias[i] = row_bias[0];
     for (int64_t v = 0; v < panel.vectors(); ++v) {
-      float* at = tile.scores + row * kPanel + v * kLanes;
+      float* at = tile.at(row, v);
       const Float b = hn::Load(kFloats, row_bias + v * kLanes);
       const Float sum = hn::Add(hn::Load(kFloats, at), b);
       // A hidden key's score may be anything, NaN included.
@@ -144,7 +160,7 @@ HWY_INLINE void apply_band(const QueryPanel& panel, const ScoreTile& tile, int64
     const auto first = hn::Set(kInts, static_cast<int32_t>(queries.begin));
     const auto last = hn::Set(kInts, static_cast<int32_t>(queries.end - 1));
     for (int64_t v = 0; v < panel.vectors(); ++v) {
-      float* at = tile.scores + row * kPanel + v * kLanes;
+      float* at = tile.at(row, v);
       const auto query = query_of_lanes(panel, v);
       const auto hidden = hn::Or(hn::Lt(query, first), hn::Gt(query, last));
       hn::Store(hn::IfThenElse(hn::RebindMask(kFloats, hidden), hn::Set(kFloats, kMinusInfinity),
@@ -225,7 +241,7 @@ HWY_INLINE void for_each_dropout_mask(const AttentionCall& call, const QueryPane
 HWY_INLINE void apply_dropout(const AttentionCall& call, const QueryPanel& panel,
                               const ScoreTile& tile, int64_t batch) {
   for_each_dropout_mask(call, panel, tile, batch, [&](auto kept, int64_t row, int64_t v) HWY_ATTR {
-    float* at = tile.scores + row * kPanel + v * kLanes;
+    float* at = tile.at(row, v);
     hn::Store(hn::IfThenElseZero(kept, hn::Load(kFloats, at)), kFloats, at);
   });
 }

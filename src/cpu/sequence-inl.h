@@ -8,7 +8,6 @@
 #endif
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/score-inl.h"
 
@@ -96,26 +95,27 @@ class SequenceRun {
     });
   }
 
-  // Copies the tile's rows of 16-bit elements to [tile_keys][row_size], filled up with zeros.
-  HWY_INLINE void copy_rows(const core::TensorView& from, const KeyTile& tile, int64_t row_size,
-                            uint16_t* HWY_RESTRICT to) const {
-    const int64_t n = from.shape[from.ndim - 1];
+  // Where the tile's rows of 16-bit elements lie, from row 0 on; null where it has no key.
+  HWY_INLINE void find_rows(const core::TensorView& from, const KeyTile& tile,
+                            const uint16_t** to) const {
     const core::Rows rows = core::key_rows(from, sequence_);
+    std::fill_n(to, tile.keys.begin - tile.first_key, nullptr);
     for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
-      uint16_t* HWY_RESTRICT row = to + (key - tile.first_key) * row_size;
-      std::memcpy(row, from.as<const uint16_t>() + key_offset(from, rows, key), n * sizeof *row);
-      std::fill(row + n, row + row_size, uint16_t{0});
+      to[key - tile.first_key] = from.as<const uint16_t>() + key_offset(from, rows, key);
     }
   }
 
   // The reverse of load_rows: rounds the tile's rows, times factor, to dk or dv.
   HWY_INLINE void store_rows(const core::TensorView& to, const KeyTile& tile,
                              const float* HWY_RESTRICT from, int64_t row_size, float factor) const {
-    const core::Rows rows = core::key_rows(to, sequence_);
     for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
-      narrow(from + (key - tile.first_key) * row_size, factor, to,
-             rows.offset + key * rows.row_stride + head_kv_ * rows.head_stride);
+      store_key(from + (key - tile.first_key) * row_size, factor, to, key);
     }
+  }
+  HWY_INLINE void store_key(const float* HWY_RESTRICT row, float factor, const core::TensorView& to,
+                            int64_t key) const {
+    const core::Rows rows = core::key_rows(to, sequence_);
+    narrow(row, factor, to, rows.offset + key * rows.row_stride + head_kv_ * rows.head_stride);
   }
 
   // Offset of a query's row of q, out and their like, in elements.
@@ -164,8 +164,13 @@ class SequenceRun {
   // The panel's share of the tile; empty where it sees none of it.
   HWY_INLINE ScoreTile score_tile(const QueryPanel& panel, const KeyTile& tile,
                                   float* scores) const {
-    return {scores, tile.first_key, std::max(panel.keys.begin, tile.keys.begin) - tile.first_key,
-            std::min(panel.keys.end, tile.keys.end) - tile.first_key};
+    const bool blocked = call_.pairs != nullptr;
+    return {scores,
+            tile.first_key,
+            std::max(panel.keys.begin, tile.keys.begin) - tile.first_key,
+            std::min(panel.keys.end, tile.keys.end) - tile.first_key,
+            blocked ? kLanes : kPanel,
+            blocked ? call_.tile_keys * kLanes : kLanes};
   }
 
   // Whether a key of the tile is hidden from a query of the panel.

@@ -27,17 +27,18 @@ HWY_INLINE Float finite_maximum(Float maximum) {
                         maximum);
 }
 
-// Where rows of fp32 lie, one for each key, their pairs take the place of the first half.
-HWY_INLINE void store_pair(Float even, Float odd, float* HWY_RESTRICT scores, int64_t row) {
-  hn::Store(hn::BitCast(kFloats, pair_of_bfloat16(even, odd)), kFloats, scores + row / 2 * kPanel);
+// Pairs of keys take the place of the first half of a column's fp32 rows.
+HWY_INLINE void store_pair(Float even, Float odd, float* HWY_RESTRICT column, int64_t row) {
+  hn::Store(hn::BitCast(kFloats, pair_of_bfloat16(even, odd)), kFloats, column + row / 2 * kLanes);
 }
 
 // Pairs between the tile's keys and the next multiples of kPairDepth: zeros, since they get
 // multiplied.
 HWY_INLINE void clear_pairs_around(const QueryPanel& panel, const ScoreTile& tile) {
   const auto clear = [&](int64_t begin, int64_t end) HWY_ATTR {
-    for (int64_t pair = begin; pair < end; ++pair) {
-      std::fill_n(tile.scores + pair * kPanel, panel.vectors() * kLanes, 0.0f);
+    if (begin >= end) return;
+    for (int64_t v = 0; v < panel.vectors(); ++v) {
+      std::fill_n(tile.at(begin, v), (end - begin) * kLanes, 0.0f);
     }
   };
   clear(tile.begin / kPairDepth * kPairDepth / 2, tile.begin / 2);
@@ -46,14 +47,12 @@ HWY_INLINE void clear_pairs_around(const QueryPanel& panel, const ScoreTile& til
 
 // Rounds probabilities to pairs, in place.
 HWY_INLINE void pack_pairs(const QueryPanel& panel, const ScoreTile& tile) {
-  for (int64_t row = tile.begin / 2 * 2; row < tile.end; row += 2) {
-    for (int64_t v = 0; v < panel.vectors(); ++v) {
-      float* HWY_RESTRICT column = tile.scores + v * kLanes;
-      const auto at = [&](int64_t r) HWY_ATTR {
-        return r >= tile.begin && r < tile.end ? hn::Load(kFloats, column + r * kPanel)
-                                               : hn::Zero(kFloats);
-      };
-      store_pair(at(row), at(row + 1), column, row);
+  for (int64_t v = 0; v < panel.vectors(); ++v) {
+    const auto at = [&](int64_t r) HWY_ATTR {
+      return r >= tile.begin && r < tile.end ? hn::Load(kFloats, tile.at(r, v)) : hn::Zero(kFloats);
+    };
+    for (int64_t row = tile.begin / 2 * 2; row < tile.end; row += 2) {
+      store_pair(at(row), at(row + 1), tile.at(0, v), row);
     }
   }
 }
@@ -67,7 +66,7 @@ HWY_INLINE Float exponentials(float* HWY_RESTRICT column, const ScoreTile& tile,
   int64_t row = tile.begin;
   if constexpr (kPacks) {
     const auto probability = [&](int64_t at) HWY_ATTR {
-      return exp2(hn::MulSub(hn::Load(kFloats, column + at * kPanel), scale, subtrahend));
+      return exp2(hn::MulSub(hn::Load(kFloats, column + at * tile.row_step), scale, subtrahend));
     };
     if (row % 2 != 0) {
       sum1 = probability(row);
@@ -87,8 +86,8 @@ HWY_INLINE Float exponentials(float* HWY_RESTRICT column, const ScoreTile& tile,
     }
   } else {
     const auto probability = [&](int64_t at) HWY_ATTR {
-      const Float p = exp2(hn::Sub(hn::Load(kFloats, column + at * kPanel), subtrahend));
-      hn::Store(p, kFloats, column + at * kPanel);
+      const Float p = exp2(hn::Sub(hn::Load(kFloats, column + at * tile.row_step), subtrahend));
+      hn::Store(p, kFloats, column + at * tile.row_step);
       return p;
     };
     for (; row + 2 <= tile.end; row += 2) {
@@ -109,16 +108,16 @@ HWY_INLINE void online_softmax(ForwardPanel& panel, const ScoreTile& tile, float
   bool any_rose = false;
   const Float factor_of_scores = hn::Set(kFloats, scale);
   for (int64_t v = 0; v < panel.vectors(); ++v) {
-    float* HWY_RESTRICT column = tile.scores + v * kLanes;
+    float* HWY_RESTRICT column = tile.at(0, v);
     const Float none = hn::Set(kFloats, kMinusInfinity);
     const Float old_max = panel.started ? hn::Load(kFloats, panel.running_max + v * kLanes) : none;
     Float max0 = none, max1 = none;
     int64_t row = tile.begin;
     for (; row + 2 <= tile.end; row += 2) {
-      max0 = hn::Max(max0, hn::Load(kFloats, column + row * kPanel));
-      max1 = hn::Max(max1, hn::Load(kFloats, column + (row + 1) * kPanel));
+      max0 = hn::Max(max0, hn::Load(kFloats, column + row * tile.row_step));
+      max1 = hn::Max(max1, hn::Load(kFloats, column + (row + 1) * tile.row_step));
     }
-    if (row < tile.end) max0 = hn::Max(max0, hn::Load(kFloats, column + row * kPanel));
+    if (row < tile.end) max0 = hn::Max(max0, hn::Load(kFloats, column + row * tile.row_step));
     Float tile_max = hn::Max(max0, max1);
     if constexpr (kPacks) tile_max = hn::Mul(tile_max, factor_of_scores);
     const Float new_max = hn::Max(old_max, tile_max);
