@@ -18,6 +18,9 @@ inline constexpr int64_t kMaxPanel = 64;  // queries of one panel
 inline constexpr int64_t kTileKeys = 96;  // keys of one tile; divisible by every register tile
 // Longer tiles for products of pairs: each reads and writes its sums once per tile.
 inline constexpr int64_t kPairTileKeys = 192;
+// Queries of a key head that are few enough to go row by row through keys and values.
+inline constexpr int64_t kFewQueries = 8;
+inline constexpr int64_t kMaxHeadsTogether = 16;  // key heads of a task of few queries
 // Panels whose P and dS are gathered before they are multiplied.
 inline constexpr int64_t kGatheredPanels = 4;
 inline constexpr int64_t kMaxPanels = 16;  // panels that share each key tile
@@ -55,7 +58,8 @@ struct ForwardTask {
   int64_t first_panel;
   int64_t num_panels;
   int64_t split;
-  double cost;  // query-key pairs, to start the heaviest first
+  double cost;               // query-key pairs, to start the heaviest first
+  int32_t num_heads_kv = 1;  // from head_kv on; more only where queries are few
 };
 
 // States of the online softmax, per panel and split.
@@ -76,6 +80,8 @@ struct ForwardScratch {
   int64_t q, o, running_max, running_sum, k, v, scores, rows, total;
   static ForwardScratch layout(const core::AttentionProblem& problem, int64_t max_panels,
                                int64_t tile_keys);
+  // Of one key head.
+  static ForwardScratch for_few_queries(const core::AttentionProblem& problem);
 };
 
 // A bias's dimensions counted from the right: 1 keys, 2 queries, 3 heads, 4 batch. Those that it
@@ -93,6 +99,7 @@ using ForwardKernel = void (*)(const ForwardCall& call, const ForwardTask& task,
 
 struct ForwardKernels {
   ForwardKernel attend;        // one split of the keys, or all
+  ForwardKernel attend_few;    // the same for panels of at most kFewQueries
   ForwardKernel combine;       // the splits; not called where there is one
   ForwardKernel update_cache;  // before all else, where there is something to append
 };

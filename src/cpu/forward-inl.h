@@ -19,7 +19,7 @@ HWY_BEFORE_NAMESPACE();
 namespace fa::cpu {
 namespace HWY_NAMESPACE {
 
-// Products: FloatProducts or PairProducts.
+// Products: FloatProducts, PairProducts or, where queries are few, RowProducts.
 template <class Products>
 class ForwardTaskRun {
  public:
@@ -30,7 +30,9 @@ class ForwardTaskRun {
         run_(call, task.batch, task.head_kv),
         task_(task),
         v_row_(round_up(problem_.head_dim_v, kMaxLanes)),
-        layout_(ForwardScratch::layout(problem_, task.num_panels, call.tile_keys)),
+        layout_(Products::kFewQueries
+                    ? ForwardScratch::for_few_queries(problem_)
+                    : ForwardScratch::layout(problem_, task.num_panels, call.tile_keys)),
         products_(call, run_, layout_, scratch),
         scores_(scratch + layout_.scores),
         rows_(scratch + layout_.rows) {
@@ -49,17 +51,29 @@ class ForwardTaskRun {
 
   // All keys of the task's panels, or one part of them.
   HWY_INLINE void run() {
+    const semantics::Range keys = start();
+    run_.for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
+      products_.load_keys(tile);
+      products_.load_values(tile);
+      for (int64_t p = 0; p < task_.num_panels; ++p) attend(panels_[p], tile);
+    });
+    finish();
+    if (problem_.wants_s_dmask) write_s_dmask(keys);
+  }
+
+  // Loads the queries and tells the keys that the task has to do with.
+  HWY_INLINE semantics::Range start() {
     semantics::Range keys{run_.sequence().seqlen_k, 0};
     for (int64_t p = 0; p < task_.num_panels; ++p) {
       products_.load_queries(panels_[p]);
       keys.begin = std::min(keys.begin, panels_[p].keys.begin);
       keys.end = std::max(keys.end, panels_[p].keys.end);
     }
-    run_.for_each_tile(part_of(keys), [&](const KeyTile& tile) HWY_ATTR {
-      products_.load_keys(tile);
-      products_.load_values(tile);
-      for (int64_t p = 0; p < task_.num_panels; ++p) attend(panels_[p], tile);
-    });
+    return part_of(keys);
+  }
+
+  // What was accumulated becomes outputs, or a part to combine.
+  HWY_INLINE void finish() {
     for (int64_t p = 0; p < task_.num_panels; ++p) {
       ForwardPanel& panel = panels_[p];
       if (!panel.started) {
@@ -75,8 +89,12 @@ class ForwardTaskRun {
       }
       if (call_.num_splits == 1) store_outputs(panel);
     }
-    if (problem_.wants_s_dmask) write_s_dmask(keys);
   }
+
+  // Of a task with one panel.
+  ForwardPanel& panel() { return panels_[0]; }
+  const Products& products() const { return products_; }
+  const SequenceRun& run() const { return run_; }
 
   // Joins the parts of each panel, in their order, in the first one.
   HWY_INLINE void combine() {

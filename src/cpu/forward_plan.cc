@@ -16,6 +16,8 @@ using core::Status;
 // the threads.
 constexpr int64_t kWantedTasks = 64;
 constexpr int64_t kWantedTasksOfSplits = 32;
+// With few queries, about as many key heads share a task; how many, their strides decide.
+constexpr int64_t kHeadsPerSplitTask = 8;
 // Below this many keys a split costs more than another thread brings.
 constexpr int64_t kMinKeysPerSplit = 512;
 
@@ -23,18 +25,22 @@ constexpr int64_t kMinKeysPerSplit = 512;
 // is larger than needed changes nothing.
 struct Cut {
   bool packs_group;         // the queries of a whole group of heads fit into one panel
+  bool few;                 // and are few
   int64_t panels_per_task;  // as many as keep their state within a core's L2 cache
   int64_t num_splits;
 
-  Cut(const AttentionProblem& problem, const InstructionSet& set, bool packs, int64_t seqlen_k)
-      : packs_group(packs) {
+  Cut(const AttentionProblem& problem, const InstructionSet& set, bool packs, bool few,
+      int64_t seqlen_k)
+      : packs_group(packs), few(few) {
     const int64_t panel = set.panel;
     const int64_t panels = std::max<int64_t>(max_panels(problem, panel, packs), 1);
     const int64_t panel_bytes =
         panel * (problem.head_dim + problem.head_dim_v) * static_cast<int64_t>(sizeof(float));
     const int64_t in_cache = std::clamp<int64_t>(set.panel_bytes / panel_bytes, 1, kMaxPanels);
     panels_per_task = std::clamp<int64_t>(panels / kWantedTasks, 1, in_cache);
-    const int64_t wanted = (kWantedTasksOfSplits + panels - 1) / panels;
+    // Key heads that share a task count as one.
+    const int64_t blocks = few ? std::max<int64_t>(panels / kHeadsPerSplitTask, 1) : panels;
+    const int64_t wanted = (kWantedTasksOfSplits + blocks - 1) / blocks;
     num_splits = std::clamp<int64_t>(seqlen_k / kMinKeysPerSplit, 1, wanted);
     if (problem.num_splits > 0) num_splits = problem.num_splits;
     if (problem.wants_s_dmask) num_splits = 1;  // its values need the maximum over all keys
@@ -46,6 +52,14 @@ bool packs_group(const AttentionProblem& problem, int64_t panel, int64_t seqlen_
   return group > 1 && seqlen_q > 0 && seqlen_q * group <= panel;
 }
 
+// Whether to go row by row. Vectors are whole, and each score is used once.
+bool few_queries(const AttentionProblem& problem, int64_t seqlen_q) {
+  const int64_t group = problem.num_heads / problem.num_heads_kv;
+  return seqlen_q * group <= kFewQueries && problem.head_dim % kMaxLanes == 0 &&
+         problem.head_dim_v % kMaxLanes == 0 && problem.bias == core::BiasKind::kNone &&
+         !problem.dropout && !problem.wants_s_dmask;
+}
+
 Cut actual_cut(const AttentionArgs& args, const AttentionProblem& problem,
                const InstructionSet& set) {
   int64_t seqlen_q = 0, seqlen_k = 0;
@@ -54,7 +68,8 @@ Cut actual_cut(const AttentionArgs& args, const AttentionProblem& problem,
     seqlen_q = std::max(seqlen_q, sequence.seqlen_q);
     seqlen_k = std::max(seqlen_k, sequence.seqlen_k);
   }
-  return Cut(problem, set, packs_group(problem, set.panel, seqlen_q), seqlen_k);
+  return Cut(problem, set, packs_group(problem, set.panel, seqlen_q),
+             few_queries(problem, seqlen_q), seqlen_k);
 }
 
 // What the tasks of a call share: PartialResults and rotated queries, in floats from the start of
@@ -112,13 +127,15 @@ class ForwardPlan final : public core::Plan {
  public:
   ForwardPlan(const AttentionProblem& problem, const InstructionSet& set)
       : problem_(problem), set_(set) {
-    for (const bool packs : {false, true}) {
-      const Cut cut(problem, set, packs, problem.seqlen_k);
+    for (const int kind : {0, 1, 2, 3}) {
+      const Cut cut(problem, set, kind % 2 != 0, kind / 2 != 0, problem.seqlen_k);
       shared_floats_ = std::max(shared_floats_, SharedLayout(problem, set.panel, cut).total);
       scratch_floats_ =
           std::max(scratch_floats_,
                    ForwardScratch::layout(problem, cut.panels_per_task, set.tile_keys).total);
     }
+    scratch_floats_ = std::max(scratch_floats_,
+                               kMaxHeadsTogether * ForwardScratch::for_few_queries(problem).total);
   }
 
   int64_t workspace_bytes(int num_workers) const override {
@@ -150,7 +167,7 @@ class ForwardPlan final : public core::Plan {
                          });
     };
     if (problem_.appends) run_all(update_tasks(), set_.forward.update_cache);
-    run_all(attend_tasks(call, cut), set_.forward.attend);
+    run_all(attend_tasks(call, cut), cut.few ? set_.forward.attend_few : set_.forward.attend);
     if (cut.num_splits > 1) run_all(combine_tasks(call, cut), set_.forward.combine);
     return {};
   }
@@ -186,12 +203,27 @@ class ForwardPlan final : public core::Plan {
 
   std::vector<ForwardTask> attend_tasks(const ForwardCall& call, const Cut& cut) const {
     std::vector<ForwardTask> tasks;
+    const int32_t together = cut.few ? heads_together(call.args.k) : 1;
     for_each_block(call, cut, [&](ForwardTask task, const core::Sequence& sequence) {
-      task.cost = pairs(call, task, sequence) / static_cast<double>(cut.num_splits);
+      if (task.head_kv % together != 0) return;
+      task.num_heads_kv =
+          static_cast<int32_t>(std::min<int64_t>(together, problem_.num_heads_kv - task.head_kv));
+      task.cost =
+          task.num_heads_kv * pairs(call, task, sequence) / static_cast<double>(cut.num_splits);
       for (task.split = 0; task.split < cut.num_splits; ++task.split) tasks.push_back(task);
     });
     sort_by_cost(tasks);
     return tasks;
+  }
+
+  // Key heads whose rows lie end to end, for as long as a page of memory: read in the order of
+  // their addresses, each page is looked up once.
+  static int32_t heads_together(const core::TensorView& k) {
+    constexpr int64_t kPageBytes = 4096;
+    const int64_t head_stride = k.strides[k.ndim - 2], row_stride = k.strides[k.ndim - 3];
+    if (head_stride >= row_stride) return 1;
+    return static_cast<int32_t>(std::clamp<int64_t>(
+        kPageBytes / (head_stride * core::byte_size(k.dtype)), 1, kMaxHeadsTogether));
   }
 
   std::vector<ForwardTask> combine_tasks(const ForwardCall& call, const Cut& cut) const {
@@ -265,6 +297,18 @@ AttentionCall make_call(const AttentionArgs& args, const AttentionProblem& probl
 
 core::PlanPtr make_forward_plan(const AttentionProblem& problem, const InstructionSet& set) {
   return std::make_shared<ForwardPlan>(problem, set);
+}
+
+ForwardScratch ForwardScratch::for_few_queries(const AttentionProblem& problem) {
+  ForwardScratch layout{};
+  Booking book;
+  layout.q = book.take(kFewQueries * round_up(problem.head_dim, kMaxLanes));
+  layout.o = book.take(kFewQueries * round_up(problem.head_dim_v, kMaxLanes));
+  layout.running_max = book.take(kMaxPanel);
+  layout.running_sum = book.take(kMaxPanel);
+  layout.scores = book.take(kFewQueries * kPairTileKeys);
+  layout.total = book.total();
+  return layout;
 }
 
 // Pairs take half the space of floats, and fill up a row further.

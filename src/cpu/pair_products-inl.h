@@ -75,6 +75,7 @@ class PairProducts {
  public:
   // Probabilities become pairs of keys; o is transposed.
   static constexpr bool kPairs = true;
+  static constexpr bool kFewQueries = false;
 
   PairProducts(const ForwardCall& call, const SequenceRun& run, const ForwardScratch& layout,
                float* scratch)

@@ -18,6 +18,7 @@ class FloatProducts {
  public:
   // Probabilities stay fp32, [key][query]; o is [query][dv].
   static constexpr bool kPairs = false;
+  static constexpr bool kFewQueries = false;
 
   FloatProducts(const ForwardCall& call, const SequenceRun& run, const ForwardScratch& layout,
                 float* scratch)

@@ -173,6 +173,13 @@ class SequenceRun {
             blocked ? call_.tile_keys * kLanes : kLanes};
   }
 
+  HWY_INLINE float alibi_slope(int64_t head) const {
+    const core::TensorView& slopes = args_.alibi_slopes;
+    const float* at = slopes.as<const float>();
+    return slopes.ndim == 1 ? at[head * slopes.strides[0]]
+                            : at[batch_ * slopes.strides[0] + head * slopes.strides[1]];
+  }
+
   // Whether a key of the tile is hidden from a query of the panel.
   HWY_INLINE bool crosses_band(const QueryPanel& panel, const ScoreTile& tile) const {
     if (problem_.band.unbounded()) return false;
@@ -257,13 +264,6 @@ class SequenceRun {
   }
 
  private:
-  HWY_INLINE float alibi_slope(int64_t head) const {
-    const core::TensorView& slopes = args_.alibi_slopes;
-    const float* at = slopes.as<const float>();
-    return slopes.ndim == 1 ? at[head * slopes.strides[0]]
-                            : at[batch_ * slopes.strides[0] + head * slopes.strides[1]];
-  }
-
   HWY_INLINE Bias bias() const {
     const core::TensorView& view = args_.attn_bias;
     return {&view,
