@@ -7,8 +7,6 @@
 #define FA_CPU_FEW_QUERIES_INL_H_
 #endif
 
-#include <hwy/cache_control.h>
-
 #include <optional>
 
 #include "cpu/forward-inl.h"
@@ -57,11 +55,13 @@ class FewQueriesRun {
     find_rows(call_.args.v, keys.begin, keys.end, v_rows_);
     const int64_t k_step = head_bytes(call_.args.k), v_step = head_bytes(call_.args.v);
     for (int64_t key = 0; key < count; key += RowProducts::kKeys) {
-      for (int64_t k = key + kRowsAhead; k < key + kRowsAhead + RowProducts::kKeys; ++k) {
-        if (k < count) prefetch(call_.args.k, k_rows_[k], k_step);
-        if (k >= count && k - count < count) prefetch(call_.args.v, v_rows_[k - count], v_step);
-      }
       for (int64_t h = 0; h < num_heads_; ++h) {
+        for (int64_t k = key + kRowsAhead; k < key + kRowsAhead + RowProducts::kKeys; ++k) {
+          if (k < count) prefetch(call_.args.k, k_rows_[k] + h * k_step);
+          if (k >= count && k - count < count) {
+            prefetch(call_.args.v, v_rows_[k - count] + h * v_step);
+          }
+        }
         const void* rows[RowProducts::kKeys];
         for (int64_t k = 0; k < RowProducts::kKeys; ++k) {
           rows[k] = k_rows_[std::min(key + k, count - 1)] + h * k_step;
@@ -75,14 +75,14 @@ class FewQueriesRun {
     const int64_t next = std::min<int64_t>(keys.end + kRowsAhead, end);
     find_rows(call_.args.k, keys.end, next, k_rows_);
     for (int64_t key = 0; key < count; key += kValueKeys) {
-      for (int64_t k = key + kRowsAhead; k < key + kRowsAhead + kValueKeys; ++k) {
-        if (k < count) prefetch(call_.args.v, v_rows_[k], v_step);
-        if (k >= count && k - count < next - keys.end) {
-          prefetch(call_.args.k, k_rows_[k - count], k_step);
-        }
-      }
       const int64_t rows_count = std::min(kValueKeys, count - key);
       for (int64_t h = 0; h < num_heads_; ++h) {
+        for (int64_t k = key + kRowsAhead; k < key + kRowsAhead + kValueKeys; ++k) {
+          if (k < count) prefetch(call_.args.v, v_rows_[k] + h * v_step);
+          if (k >= count && k - count < next - keys.end) {
+            prefetch(call_.args.k, k_rows_[k - count] + h * k_step);
+          }
+        }
         const void* rows[kValueKeys];
         for (int64_t k = 0; k < rows_count; ++k) rows[k] = v_rows_[key + k] + h * v_step;
         heads_[h]->products().template values<kType>(heads_[h]->panel(), rows, rows_count, key);
@@ -104,12 +104,12 @@ class FewQueriesRun {
     return view.strides[view.ndim - 2] * core::byte_size(view.dtype);
   }
 
-  HWY_INLINE void prefetch(const core::TensorView& view, const char* row, int64_t step) const {
+  // Into L2: what is on its way would not fit into L1.
+  HWY_INLINE static void prefetch(const core::TensorView& view, const char* row) {
     constexpr int64_t kCacheLine = 64;
+    constexpr int kIntoL2 = 2;
     const int64_t bytes = view.shape[view.ndim - 1] * core::byte_size(view.dtype);
-    for (int64_t h = 0; h < num_heads_; ++h) {
-      for (int64_t at = 0; at < bytes; at += kCacheLine) hwy::Prefetch(row + h * step + at);
-    }
+    for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(row + at, 0, kIntoL2);
   }
 
   const ForwardCall& call_;

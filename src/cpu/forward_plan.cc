@@ -216,14 +216,14 @@ class ForwardPlan final : public core::Plan {
     return tasks;
   }
 
-  // Key heads whose rows lie end to end, for as long as a page of memory: read in the order of
-  // their addresses, each page is looked up once.
+  // Key heads whose rows lie end to end: read in the order of their addresses, each page of memory
+  // is looked up once.
   static int32_t heads_together(const core::TensorView& k) {
-    constexpr int64_t kPageBytes = 4096;
+    constexpr int64_t kBytesTogether = 16384;
     const int64_t head_stride = k.strides[k.ndim - 2], row_stride = k.strides[k.ndim - 3];
-    if (head_stride >= row_stride) return 1;
+    if (head_stride <= 0 || head_stride >= row_stride) return 1;
     return static_cast<int32_t>(std::clamp<int64_t>(
-        kPageBytes / (head_stride * core::byte_size(k.dtype)), 1, kMaxHeadsTogether));
+        kBytesTogether / (head_stride * core::byte_size(k.dtype)), 1, kMaxHeadsTogether));
   }
 
   std::vector<ForwardTask> combine_tasks(const ForwardCall& call, const Cut& cut) const {

@@ -50,10 +50,18 @@ std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> list;
 #if FA_CPU_HAS_PAIRS
   add_pairs("cpu:amx", has_amx, amx_pair_kernels(), list);
-  add_pairs("cpu:avx512_bf16", has_pairs, avx512_pair_kernels(), list);
+  // The dot products run at the speed of two FMAs on Zen 4 (164 GFLOP/s against 94 of fp32 FMAs),
+  // and slower than the FMAs on Sapphire Rapids (72 against 105).
+  const bool fast_pairs = __builtin_cpu_is("amd");
+  if (fast_pairs) add_pairs("cpu:avx512_bf16", has_pairs, avx512_pair_kernels(), list);
 #endif
 #if HWY_ARCH_X86
   add_if_compiled<HWY_AVX3>("cpu:avx512", has_avx512, list);
+#endif
+#if FA_CPU_HAS_PAIRS
+  if (!fast_pairs) add_pairs("cpu:avx512_bf16", has_pairs, avx512_pair_kernels(), list);
+#endif
+#if HWY_ARCH_X86
   add_if_compiled<HWY_AVX2>("cpu:avx2", has_avx2, list);
   add_if_compiled<HWY_SSE4>("cpu:sse4", has_sse4, list);
 #endif

@@ -1,6 +1,5 @@
 // Products of bfloat16 pairs on AMX tile registers. Compiled with flags of its own: nothing here
 // may be inline and shared with other sources, standard headers included.
-#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -146,19 +145,13 @@ bool request_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-bool processor_has_amx() {
-  unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  return (edx & kAmxBf16) && (edx & kAmxTile);
-}
-
 }  // namespace
 
 bool has_avx512_bf16() { return __builtin_cpu_supports("avx512bf16"); }
 
 bool has_amx_bf16() {
-  static const bool has = has_avx512_bf16() && processor_has_amx() && request_tiles();
+  static const bool has = has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
+                          __builtin_cpu_supports("amx-bf16") && request_tiles();
   return has;
 }
 
