@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd import forward_ad as _forward_ad
+from torch.autograd.function import FunctionCtx
 
 from . import _native
 
@@ -18,10 +19,34 @@ _S_DMASK_MULTIPLE = 128
 # Looked up once; a call on a tiny problem is mostly such look-ups.
 _empty = torch.empty
 _empty_like = torch.empty_like
+_contiguous = torch.contiguous_format
 _float32 = torch.float32
 _is_grad_enabled = torch.is_grad_enabled
 _Tensor = torch.Tensor
+_is_compiling = torch.compiler.is_compiling
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _CLARIFIED = (TypeError, OverflowError, RuntimeError, BufferError)
+
+_NO_GRADIENT_THROUGH_PAGES = (
+    "block_table: no implementation differentiates through pages; call under torch.no_grad(), or"
+    " with contiguous k and v"
+)
+_NO_FORWARD_MODE = (
+    "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) of attention is not"
+    " implemented; use reverse mode, or torch.nn.functional.scaled_dot_product_attention"
+)
+_UNSUPPORTED_TRANSFORMS = {
+    "Vmap": "torch.func.vmap: attention has no batching rule; fold the mapped dimension into the"
+    " batch, which is the first dimension of q, k and v",
+    "Grad": "torch.func.grad, vjp and jacrev of attention are not implemented; use"
+    " torch.autograd.grad, whose gradients are the same",
+    "Jvp": _NO_FORWARD_MODE,
+}
+NO_SECOND_ORDER = (
+    "second-order gradients of attention are not implemented: its backward cannot be differentiated"
+    " again; use torch.nn.functional.scaled_dot_product_attention where they are needed"
+)
 
 
 class Options(NamedTuple):
@@ -60,6 +85,7 @@ class Packing(NamedTuple):
 SEPARATE = Packing(("q", "k", "v"), (1, 1, 1))
 KV_PACKED = Packing(("q", "kv"), (1, 2))
 QKV_PACKED = Packing(("qkv",), (3,))
+KVCACHE_NAMES = ("q", "k_cache", "v_cache")
 
 
 def attention(
@@ -70,20 +96,17 @@ def attention(
     options: Options,
 ) -> Result:
     """What the public functions return, for q, k and v packed as `packing` says."""
-    for tensor in tensors:
-        if not isinstance(tensor, _Tensor):
-            raise _not_a_tensor(packing, tensors)
+    if _is_dispatched(packing.names, tensors, attn_bias, learnable_sink):
+        return _through_operator(packing, tensors, attn_bias, learnable_sink, options)
     if packing is not SEPARATE:
-        _check_packed(packing, tensors, 4 if options.cu_seqlens_q is not None else 5)
+        check_packed(packing, tensors, options)
     if _is_grad_enabled() and _needs_gradient(*tensors, attn_bias, learnable_sink):
         if options.block_table is not None:
-            raise NotImplementedError(
-                "block_table: no implementation differentiates through pages; call under"
-                " torch.no_grad(), or with contiguous k and v"
-            )
-        out, lse, s_dmask = AttentionFunction.apply(
-            packing, options, attn_bias, learnable_sink, *tensors
-        )
+            raise NotImplementedError(_NO_GRADIENT_THROUGH_PAGES)
+        results = _apply(packing, options, attn_bias, learnable_sink, *tensors)
+        if not options.return_attn_probs:
+            return results
+        out, lse, s_dmask = results
     else:
         q, k, v = tensors if packing is SEPARATE else packing.unpack(tensors)
         out, lse, s_dmask, _ = forward(q, k, v, attn_bias, learnable_sink, options, False)
@@ -92,6 +115,23 @@ def attention(
     if s_dmask is None:
         s_dmask = _empty((0,), dtype=out.dtype, device=out.device)
     return out, lse, s_dmask
+
+
+def _through_operator(
+    packing: Packing,
+    tensors: tuple[torch.Tensor, ...],
+    attn_bias: torch.Tensor | None,
+    learnable_sink: torch.Tensor | None,
+    options: Options,
+) -> Result:
+    from . import _operators
+
+    if packing is not SEPARATE:
+        check_packed(packing, tensors, options)
+    if options.block_table is not None and _is_grad_enabled() and _needs_gradient(*tensors):
+        raise NotImplementedError(_NO_GRADIENT_THROUGH_PAGES)
+    results = _operators.attention(tensors, attn_bias, learnable_sink, options)
+    return results if options.return_attn_probs else results[0]
 
 
 def forward(
@@ -106,28 +146,35 @@ def forward(
     offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
     """(out, softmax_lse, S_dmask, seed of the dropout mask); what is not wanted is None."""
+    if seed is not None and _is_compiling():
+        from . import _operators
+
+        return *_operators.forward(q, k, v, attn_bias, learnable_sink, options, seed, offset), seed
     q, k, v = usable(q), usable(k), usable(v)
     dropout_p = options.dropout_p
     lse = s_dmask = None
     try:
         out = _new_out(q, v)
         if wants_lse or options.return_attn_probs:
-            lse = _new_lse(q, options.cu_seqlens_q)
+            lse = new_lse(q, options.cu_seqlens_q)
         if options.return_attn_probs and dropout_p:
-            s_dmask = _new_s_dmask(q, k, options)
+            s_dmask = new_s_dmask(q, k, options)
     except RuntimeError as error:
         raise _no_memory(q, v, error) from None
     if seed is None:
         seed = draw_seed() if dropout_p else 0
-    arguments = _arguments(
-        q, k, v, out, lse, s_dmask, attn_bias, learnable_sink, options, seed, offset
-    )
+    run_forward(q, k, v, out, lse, s_dmask, attn_bias, learnable_sink, options, seed, offset)
+    return out, lse, s_dmask, seed
+
+
+def run_forward(*tensors_and_options: Any) -> None:
+    """Writes out, lse and S_dmask; the arguments are those of _arguments."""
+    arguments = _arguments(*tensors_and_options)
     try:
         _native.forward(*arguments)
     except _CLARIFIED as error:
         clear = _native.clarify(error, arguments)
         raise clear from (None if clear is error else error)
-    return out, lse, s_dmask, seed
 
 
 def backward(
@@ -144,6 +191,11 @@ def backward(
     offset: int = 0,
 ) -> None:
     """Writes the gradients: (dout, dq, dk, dv, d_attn_bias, d_learnable_sink)."""
+    if _is_compiling():
+        from . import _operators
+
+        forward_arguments = (q, k, v, attn_bias, learnable_sink, options, seed, offset)
+        return _operators.backward(gradients, out, lse, *forward_arguments)
     arguments = (
         *gradients,
         options.deterministic,
@@ -170,7 +222,7 @@ def backward(
 
 class AttentionFunction(torch.autograd.Function):
     """One autograd function for every packing; a packed tensor gets one packed gradient, whose
-    parts are written in place."""
+    parts are written in place. Called through _apply()."""
 
     @staticmethod
     def forward(
@@ -180,49 +232,79 @@ class AttentionFunction(torch.autograd.Function):
         attn_bias: torch.Tensor | None,
         learnable_sink: torch.Tensor | None,
         *tensors: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        out, lse, s_dmask, seed = forward(
-            *packing.unpack(tensors), attn_bias, learnable_sink, options, True
-        )
-        ctx.save_for_backward(attn_bias, learnable_sink, out, lse, *tensors)
-        ctx.packing, ctx.options, ctx.seed = packing, options, seed
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        q, k, v = tensors if packing is SEPARATE else packing.unpack(tensors)
+        out, lse, s_dmask, seed = forward(q, k, v, attn_bias, learnable_sink, options, True)
+        ctx.save_for_backward(*tensors, out, lse, attn_bias, learnable_sink)
+        ctx.call = packing, options, seed
+        if not options.return_attn_probs:  # every further output costs a microsecond
+            return out
         ctx.mark_non_differentiable(*(x for x in (lse, s_dmask) if x is not None))
         ctx.set_materialize_grads(False)
         return out, lse, s_dmask
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, dout: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-        attn_bias, learnable_sink, out, lse, *tensors = ctx.saved_tensors
+        *tensors, out, lse, attn_bias, learnable_sink = ctx.saved_tensors
         if dout is None:
             return (None,) * (4 + len(tensors))
+        packing, options, seed = ctx.call
         # Compact, whatever the strides of what they belong to.
-        gradients = [_empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+        gradients = [_empty_like(x, memory_format=_contiguous) for x in tensors]
         # A boolean mask has no gradient, and so requires none.
         d_attn_bias = _gradient_of(attn_bias, ctx.needs_input_grad[2])
         d_learnable_sink = _gradient_of(learnable_sink, ctx.needs_input_grad[3])
+        q, k, v = tensors if packing is SEPARATE else packing.unpack(tensors)
+        dq, dk, dv = gradients if packing is SEPARATE else packing.unpack(gradients)
         backward(
             (
-                dout if dout.stride(-1) == 1 else dout.contiguous(),
-                *ctx.packing.unpack(tuple(gradients)),
+                compact(dout),
+                dq,
+                dk,
+                dv,
                 d_attn_bias,
                 d_learnable_sink,
             ),
-            *ctx.packing.unpack(tuple(tensors)),
+            q,
+            k,
+            v,
             out,
             lse,
             attn_bias,
             learnable_sink,
-            ctx.options,
-            ctx.seed,
+            options,
+            seed,
         )
+        if _is_grad_enabled():  # create_graph=True
+            gradients = _NotDifferentiable.apply(
+                (d_attn_bias, d_learnable_sink, *gradients), dout, *ctx.saved_tensors
+            )
+            return None, None, *gradients
         return None, None, d_attn_bias, d_learnable_sink, *gradients
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """Ties gradients to what they depend on, so that differentiating them again raises."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, gradients: tuple[torch.Tensor | None, ...], *_: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: torch.Tensor) -> None:
+        raise NotImplementedError(NO_SECOND_ORDER)
+
+
+# Function.apply() without its Python part, which is for functorch's transforms.
+_apply = super(torch.autograd.Function, AttentionFunction).apply
 
 
 def _gradient_of(tensor: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
     if tensor is None or not needed:
         return None
-    return _empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return _empty_like(tensor, memory_format=_contiguous)
 
 
 def _arguments(
@@ -239,12 +321,9 @@ def _arguments(
     offset: int = 0,
 ) -> tuple[Any, ...]:
     """The native functions' arguments, in the order of _native.ARGUMENTS."""
-    try:
-        window_left, window_right = options.window_size
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"window_size: must be a pair (left, right), is {options.window_size!r}"
-        ) from None
+    dropout_p, softmax_scale, causal, _, softcap, alibi_slopes, _, _, *layout = options
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, block_table = layout
+    window_left, window_right = window(options)
     if isinstance(attn_bias, _Tensor):
         attn_bias = usable(attn_bias)
     return (
@@ -254,25 +333,36 @@ def _arguments(
         out,
         lse,
         s_dmask,
-        options.cu_seqlens_q,
-        options.cu_seqlens_k,
-        options.seqused_k,
-        options.block_table,
-        options.alibi_slopes,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        block_table,
+        alibi_slopes,
         attn_bias,
         learnable_sink,
-        options.max_seqlen_q,
-        options.max_seqlen_k,
-        options.softmax_scale,
-        options.causal,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        causal,
         window_left,
         window_right,
-        options.softcap,
-        options.dropout_p,
+        softcap,
+        dropout_p,
         seed,
         offset,
         None,
     )
+
+
+def window(options: Options) -> tuple[int, int]:
+    """The window's extent to the left and to the right."""
+    try:
+        left, right = options.window_size
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"window_size: must be a pair (left, right), is {options.window_size!r}"
+        ) from None
+    return left, right
 
 
 def with_kvcache(
@@ -285,9 +375,30 @@ def with_kvcache(
     wants_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, softmax_lse). kvcache_arguments in the order of _native.KVCACHE_ARGUMENTS."""
+    if _is_dispatched(KVCACHE_NAMES, (q, *cache), attn_bias, learnable_sink):
+        from . import _operators
+
+        return _operators.with_kvcache(
+            q, cache, kvcache_arguments, attn_bias, learnable_sink, options
+        )
     q = usable(q)
     out = _new_out(q, cache[1])
-    lse = _new_lse(q, None) if wants_lse else None
+    lse = new_lse(q, None) if wants_lse else None
+    run_with_kvcache(q, cache, out, lse, kvcache_arguments, attn_bias, learnable_sink, options)
+    return out, lse
+
+
+def run_with_kvcache(
+    q: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    kvcache_arguments: tuple[Any, ...],
+    attn_bias: torch.Tensor | None,
+    learnable_sink: torch.Tensor | None,
+    options: Options,
+) -> None:
+    """Appends to the cache; writes out and lse."""
     arguments = (
         *kvcache_arguments,
         *_arguments(q, *cache, out, lse, None, attn_bias, learnable_sink, options, 0),
@@ -297,21 +408,39 @@ def with_kvcache(
     except _CLARIFIED as error:
         clear = _native.clarify(error, arguments, _native.KVCACHE_ARGUMENTS)
         raise clear from (None if clear is error else error)
-    return out, lse
 
 
-def draw_seed(generator: torch.Generator | None = None) -> int:
-    """A seed for the dropout mask, from `generator` or PyTorch's default CPU generator."""
-    device = "cpu" if generator is None else generator.device
-    return int(torch.empty((), dtype=torch.int64, device=device).random_(generator=generator))
+def draw_seed(generator: torch.Generator | None = None) -> int | torch.Tensor:
+    """A seed for the dropout mask, from `generator` or PyTorch's default CPU generator. A tensor
+    while a compiler traces, which cannot know the number."""
+    if _is_compiling():
+        return draw_seed_tensor(generator)
+    return int(_place_of_seed(generator).random_(generator=generator))
+
+
+def draw_seed_tensor(generator: torch.Generator | None = None) -> torch.Tensor:
+    """What draw_seed() draws, as an operator that compilers and checkpoints know as random."""
+    return torch.ops.aten.random(_place_of_seed(generator), generator=generator)
+
+
+def _place_of_seed(generator: torch.Generator | None) -> torch.Tensor:
+    return _empty((), dtype=torch.int64, device="cpu" if generator is None else generator.device)
 
 
 def usable(x: torch.Tensor) -> torch.Tensor:
     # A view with the negative bit set holds its values negated, which DLPack cannot say.
     if x.is_neg():
         x = x.resolve_neg()
+    if x.is_contiguous():  # one question, for nearly all
+        return x
     # A last dimension of stride 0 is a broadcast one: right for attn_bias, refused elsewhere.
     return x if x.dim() == 0 or x.stride(-1) in (0, 1) else x.contiguous()
+
+
+def compact(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where its last dimension is not contiguous."""
+    x = usable(x)
+    return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
 # The shapes below follow from arguments that nobody has checked yet. Where those are wrong any
@@ -324,7 +453,7 @@ def _new_out(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.size(-1)))
 
 
-def _new_lse(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> torch.Tensor:
+def new_lse(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> torch.Tensor:
     shape = tuple(q.shape)
     if cu_seqlens_q is not None and len(shape) == 3:
         shape = (shape[1], shape[0])
@@ -340,7 +469,7 @@ def _no_memory(q: torch.Tensor, v: torch.Tensor, error: RuntimeError) -> Excepti
     return MemoryError(f"out, softmax_lse or S_dmask cannot be allocated: {error}")
 
 
-def _new_s_dmask(q: torch.Tensor, k: torch.Tensor, options: Options) -> torch.Tensor | None:
+def new_s_dmask(q: torch.Tensor, k: torch.Tensor, options: Options) -> torch.Tensor | None:
     if options.cu_seqlens_q is not None:
         batch = options.cu_seqlens_q.numel() - 1
         seqlen_q, seqlen_k = options.max_seqlen_q, options.max_seqlen_k
@@ -368,14 +497,53 @@ def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
-def _not_a_tensor(packing: Packing, tensors: tuple[object, ...]) -> TypeError:
-    for name, tensor in zip(packing.names, tensors):
+def _is_dispatched(
+    names: tuple[str, ...],
+    tensors: tuple[torch.Tensor, ...],
+    attn_bias: torch.Tensor | None,
+    learnable_sink: torch.Tensor | None,
+) -> bool:
+    """Whether the call must go through PyTorch's dispatcher: a compiler, mode or transform watches,
+    or a tensor is of a class that holds no data itself, such as a FakeTensor."""
+    if _is_compiling():
+        check_tensors(names, tensors)
+        return True
+    for tensor in tensors:
+        if type(tensor) is not _Tensor:
+            break
+    else:
+        if not (
+            _are_transforms_active() or _num_dispatch_modes() > 0 or _forward_ad._current_level >= 0
+        ):
+            return False
+    check_tensors(names, tensors)
+    _refuse_transforms((*tensors, attn_bias, learnable_sink))
+    overridden = [type(x).__torch_dispatch__ is not _Tensor.__torch_dispatch__ for x in tensors]
+    return any(overridden) or _are_transforms_active() or _num_dispatch_modes() > 0
+
+
+def check_tensors(names: tuple[str, ...], tensors: tuple[object, ...]) -> None:
+    """Raises TypeError where one is not a tensor."""
+    for name, tensor in zip(names, tensors):
         if not isinstance(tensor, _Tensor):
-            return TypeError(f"{name}: must be a torch.Tensor, is {type(tensor).__name__}")
-    raise AssertionError("all are tensors")
+            raise TypeError(f"{name}: must be a torch.Tensor, is {type(tensor).__name__}")
 
 
-def _check_packed(packing: Packing, tensors: tuple[torch.Tensor, ...], rank: int) -> None:
+def _refuse_transforms(tensors: tuple[torch.Tensor | None, ...]) -> None:
+    if _are_transforms_active():
+        transform = torch._C._functorch.peek_interpreter_stack().key().name
+        if transform in _UNSUPPORTED_TRANSFORMS:
+            raise NotImplementedError(_UNSUPPORTED_TRANSFORMS[transform])
+    if _forward_ad._current_level >= 0:
+        for tensor in tensors:
+            is_tensor = isinstance(tensor, _Tensor)
+            if is_tensor and _forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(_NO_FORWARD_MODE)
+
+
+def check_packed(packing: Packing, tensors: tuple[torch.Tensor, ...], options: Options) -> None:
+    """Raises ValueError where a packed tensor does not hold what `packing` says."""
+    rank = 5 if options.cu_seqlens_q is None else 4
     for name, packed, count in zip(packing.names, tensors, packing.counts):
         if count == 1 or (packed.dim() == rank and packed.size(-3) == count):
             continue
@@ -387,8 +555,10 @@ def _check_packed(packing: Packing, tensors: tuple[torch.Tensor, ...], rank: int
 
 def length(name: str, value: object) -> int:
     """A maximum length, which clients pass as an int or as a tensor of one element."""
-    if type(value) is int:
+    if type(value) is int or isinstance(value, torch.SymInt):
         return value
+    if _is_compiling() and isinstance(value, _Tensor):
+        return value  # known when the operator runs
     try:
         return int(value)  # type: ignore[call-overload]
     except (TypeError, ValueError, RuntimeError):

@@ -48,11 +48,13 @@ import torch
 from . import _binding as flash_attn_gpu  # clients call its functions through this name
 from ._attention import (
     KV_PACKED,
+    KVCACHE_NAMES,
     QKV_PACKED,
     SEPARATE,
     Options,
     Result,
     attention,
+    check_tensors,
     length,
     with_kvcache,
 )
@@ -484,15 +486,13 @@ def flash_attn_with_kvcache(
         ValueError, TypeError, NotImplementedError: as flash_attn_func. A length, page or row out of
         range is an error before anything is written.
     """
-    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: must be a torch.Tensor, is {type(tensor).__name__}")
-    if cache_seqlens is None:
-        if k is not None:
-            raise ValueError("cache_seqlens: is None, must be given where k and v are appended")
-        room = k_cache.size(1) if k_cache.dim() > 1 else 0
-        cache_seqlens = room if block_table is None else room * block_table.size(-1)
     if not isinstance(cache_seqlens, torch.Tensor):
+        check_tensors(KVCACHE_NAMES, (q, k_cache, v_cache))
+        if cache_seqlens is None:
+            if k is not None:
+                raise ValueError("cache_seqlens: is None, must be given where k and v are appended")
+            room = k_cache.size(1) if k_cache.dim() > 1 else 0
+            cache_seqlens = room if block_table is None else room * block_table.size(-1)
         cache_seqlens = torch.full(
             (q.size(0),), length("cache_seqlens", cache_seqlens), dtype=torch.int32, device=q.device
         )

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from support import DTYPES, offsets, tensors, varlen_tensors
-from torch.utils.checkpoint import checkpoint
 
 from flash_attn import (
     _native,
@@ -208,32 +207,10 @@ def test_only_what_requires_a_gradient_gets_one():
     assert bias.grad is not None and q.grad is None
 
 
-def test_checkpointing_repeats_the_dropout_mask():
-    q, k, v = (x.requires_grad_() for x in tensors())
-
-    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return flash_attn_func(q, k, v, dropout_p=0.2)
-
-    torch.manual_seed(3)
-    plain = torch.autograd.grad(step(q, k, v).sum(), (q, k, v))
-    torch.manual_seed(3)
-    again = torch.autograd.grad(checkpoint(step, q, k, v, use_reentrant=False).sum(), (q, k, v))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again))
-
-
 def test_softmax_lse_has_no_gradient():
     q, k, v = (x.requires_grad_() for x in tensors())
     out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
     assert out.requires_grad and not lse.requires_grad
-
-
-def test_a_second_derivative_is_refused():
-    q, k, v = (x.requires_grad_() for x in tensors())
-    out = flash_attn_func(q, k, v)
-    dout = torch.randn_like(out).requires_grad_()
-    (dq,) = torch.autograd.grad(out, q, dout, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
 
 
 def test_a_gradient_through_pages_is_refused():
