@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import offsets
 
 transformers = pytest.importorskip("transformers", minversion="4.48")
 
@@ -19,6 +20,7 @@ from flash_attn.integrations.transformers import (  # noqa: E402
 
 # Of max |logits - eager's|, which are of size 1.
 TOLERANCE = 2e-5
+LEARNING_RATE = 2e-3
 VOCABULARY = 96
 BATCH, LENGTH = 3, 24
 _COMMON: dict[str, Any] = dict(
@@ -171,27 +173,94 @@ def test_a_training_step(name, models):
         assert any(key.endswith("sinks") and x.any() for key, x in actual.items())
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
-def test_packed_sequences_equal_separate_ones(name, models):
+@pytest.mark.parametrize("name", NAMES)
+def test_twenty_training_steps(name, models):
+    histories = []
+    for model in pair_of(name, models):
+        model = copy.deepcopy(model).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+        losses = []
+        for step in range(20):
+            ids, mask = tokens(seed=10 + step % 4), padding("right" if step % 2 else "left")
+            # Padding predicts nothing: neither is it a label, nor is the token behind it.
+            behind = torch.nn.functional.pad(mask, (1, 0), value=1)[:, :-1]
+            labels = ids.masked_fill(mask * behind == 0, -100)
+            with torch.enable_grad():
+                loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        histories.append(torch.tensor(losses))
+    expected, actual = histories
+    assert expected[-1] < 0.7 * expected[0]
+    # Rounding makes the weights part, and AdamW divides small gradients by their own size.
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+PACKED_LENGTHS = [7, 1, 12]
+
+
+def padded_and_packed() -> tuple[torch.Tensor, dict[str, Any], dict[str, Any]]:
+    """The mask [3, 12] of a padded batch; the batch; the same sequences in one row."""
+    rows = tokens()[0, : sum(PACKED_LENGTHS)].split(PACKED_LENGTHS)
+    mask = torch.arange(max(PACKED_LENGTHS)) < torch.tensor(PACKED_LENGTHS)[:, None]
+    padded = {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        "attention_mask": mask.long(),
+    }
+    positions = torch.cat([torch.arange(length) for length in PACKED_LENGTHS])
+    return mask, padded, {"input_ids": torch.cat(rows)[None], "position_ids": positions[None]}
+
+
+def by_lengths() -> dict[str, Any]:
+    """What says where the packed sequences lie, if not the positions."""
+    cu_seqlens, longest = offsets(PACKED_LENGTHS), max(PACKED_LENGTHS)
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padded_packed_and_separate_sequences_agree(name, models):
     _, ours = pair_of(name, models)
-    lengths = [7, 1, 12]
-    rows = tokens()[0, : sum(lengths)].split(lengths)
-    expected = torch.cat([ours(input_ids=row[None]).logits for row in rows], 1)
-    packed = torch.cat(rows)[None]
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    by_positions = ours(input_ids=packed, position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(by_positions, expected, rtol=1e-5, atol=TOLERANCE)
-    cu_seqlens = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
-    by_lengths = ours(
-        input_ids=packed,
-        position_ids=positions,
-        use_cache=False,
-        cu_seq_lens_q=cu_seqlens,
-        cu_seq_lens_k=cu_seqlens,
-        max_length_q=12,
-        max_length_k=12,
-    ).logits
-    assert torch.equal(by_lengths, by_positions)
+    mask, padded, packed = padded_and_packed()
+    if name != "bert":
+        packed["use_cache"] = False
+    rows = packed["input_ids"].split(PACKED_LENGTHS, 1)
+    expected = torch.cat([ours(input_ids=row).logits for row in rows], 1)[0]
+    tolerance = dict(rtol=1e-5, atol=TOLERANCE)
+    torch.testing.assert_close(ours(**padded).logits[mask], expected, **tolerance)
+    by_positions = ours(**packed).logits[0]
+    torch.testing.assert_close(by_positions, expected, **tolerance)
+    assert torch.equal(ours(**packed, **by_lengths()).logits[0], by_positions)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_on_padded_and_on_packed_sequences_agrees(name, models):
+    _, ours = pair_of(name, models)
+    mask, padded, packed = padded_and_packed()
+    padded["labels"] = padded["input_ids"].masked_fill(~mask, -100)
+    packed["labels"] = packed["input_ids"].clone()
+    if name != "bert":
+        # Nothing predicts the first token of a sequence.
+        packed["labels"][0, offsets(PACKED_LENGTHS)[:-1].long()] = -100
+        packed["use_cache"] = False
+    results = []
+    for inputs in (padded, packed):
+        model = copy.deepcopy(ours).train()
+        with torch.enable_grad():
+            loss = model(**inputs).loss
+            loss.backward()
+        results.append((loss.detach(), [x.grad for x in model.parameters() if x.grad is not None]))
+    (expected_loss, expected), (loss, actual) = results
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    scale = max(x.abs().max() for x in expected)
+    assert len(actual) == len(expected)
+    assert all((a - b).abs().max() < 1e-5 * scale for a, b in zip(actual, expected))
 
 
 def test_a_mask_of_the_callers_own(models):
