@@ -121,6 +121,10 @@ class Embedder:
 
     @torch.inference_mode()
     def __call__(self, sentences: list[str]) -> torch.Tensor:
+        return self.embed(sentences)
+
+    def embed(self, sentences: list[str]) -> torch.Tensor:
+        """[sentences, hidden_size], differentiable with respect to the model's parameters."""
         tokens = self.tokenizer(sentences, padding=True, return_tensors="pt")
         encode = self._encode_unpadded if self.without_padding else self._encode_padded
         return F.normalize(encode(tokens["input_ids"], tokens["attention_mask"]))

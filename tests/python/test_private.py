@@ -153,6 +153,70 @@ def test_varlen_equals_the_public_function_and_autograd():
     assert all(same_bits(a, b) for a, b in zip((dq, dk, dv), expected))
 
 
+def leftpad_problem() -> tuple[Any, ...]:
+    """q, k and v with padding of NaN; the padding and the last used key of each sequence."""
+    q, k, v = varlen_tensors(LENGTHS_Q, LENGTHS_K)
+    padding, ends = [11, 0, 64, 0], [40, 7, 65, 0]
+    for start, first, last, length in zip(VARLEN[1].tolist(), padding, ends, LENGTHS_K):
+        for x in (k, v):
+            x[start : start + first] = torch.nan
+            x[start + last : start + length] = torch.nan
+    return q, k, v, torch.tensor(padding, dtype=torch.int32), torch.tensor(ends, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_left_padding_is_as_if_it_were_not_there(dropout_p):
+    q, k, v, padding, ends = leftpad_problem()
+    kept = torch.cat(
+        [
+            torch.arange(start + first, start + last)
+            for start, first, last in zip(VARLEN[1].tolist(), padding.tolist(), ends.tolist())
+        ]
+    )
+    slopes = torch.rand(4, 4)
+    options = (dropout_p, 0.125, True, 20, 0, 5.0, slopes, dropout_p > 0)
+    torch.manual_seed(7)
+    results = _flash_attn_varlen_forward(
+        q, k, v, *VARLEN, *options, leftpad_k=padding, seqused_k=ends
+    )
+    torch.manual_seed(7)
+    lengths = (VARLEN[0], offsets((ends - padding).tolist()), *VARLEN[2:])
+    expected = _flash_attn_varlen_forward(q, k[kept], v[kept], *lengths, *options)
+    assert all(same_bits(a, b) for a, b in zip(results[:3], expected[:3]))
+    assert results[0].isfinite().all() and results[0].any()
+
+
+def test_left_padding_alone_cuts_no_key_at_the_end():
+    q, k, v = varlen_tensors(LENGTHS_Q, LENGTHS_K)
+    padding = torch.tensor([11, 9, 0, 0], dtype=torch.int32)
+    options = (0.0, None, False)
+    out, *_ = _flash_attn_varlen_forward(q, k, v, *VARLEN, *options, leftpad_k=padding)
+    first = flash_attn_func(q[None, :30], k[None, 11:40], v[None, 11:40])
+    third = flash_attn_func(q[None, 30:95], k[None, 49:114], v[None, 49:114])
+    torch.testing.assert_close(out[:30], first[0])
+    torch.testing.assert_close(out[30:95], third[0])
+    assert not out[95:].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"leftpad_k": [12, 0, 0, 0], "seqused_k": [11, 9, 65, 0]}, "leftpad_k: entry 0 is 12"),
+        ({"leftpad_k": [0, -1, 0, 0]}, "leftpad_k: entry 1 is -1"),
+        ({"leftpad_k": [0, 0, 66, 0]}, "leftpad_k: entry 2 is 66"),
+        ({"leftpad_k": [0, 0, 0]}, "leftpad_k: must be int32"),
+        ({"leftpad_k": [0, 3, 0, 0], "seqused_k": [41, 9, 65, 0]}, "seqused_k: entry 0 is 41"),
+    ],
+)
+def test_wrong_left_padding_is_named(changes, message):
+    q, k, v = varlen_tensors(LENGTHS_Q, LENGTHS_K)
+    changes = {name: torch.tensor(value, dtype=torch.int32) for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        _flash_attn_varlen_forward(q, k, v, *VARLEN, 0.0, None, False, **changes)
+    with pytest.raises(ValueError, match="leftpad_k: must be int32"):
+        _flash_attn_varlen_forward(q, k, v, *VARLEN, 0.0, None, False, leftpad_k=VARLEN[0].long())
+
+
 def test_gradients_are_written_where_the_caller_says_or_lost():
     q, k, v = tensors()
     options = (0.0, None, False, -1, -1, 0.0, None)
@@ -299,6 +363,7 @@ def test_bad_input():
     with pytest.raises(NotImplementedError, match="leftpad_k"):
         _flash_attn_varlen_forward(
             *(q[0], k[0], v[0], offsets([65]), offsets([97]), 65, 97, 0.0, None, False),
+            block_table=torch.zeros((1, 1), dtype=torch.int32),
             leftpad_k=torch.zeros(1, dtype=torch.int32),
         )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+from pathlib import Path
 
 import pytest
 from conftest import load_module
@@ -74,6 +77,41 @@ def test_allowed_includes_are_allowed(root, tmp_path):
         file.write_text("".join(f"#include {include}\n" for include in includes))
     result = run_check(root, tmp_path)
     assert result.returncode == 0, result.stdout
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc"
+)
+
+
+@needs_proc
+def test_memory_of_training_grows_linearly(root):
+    """The bar is 600 MB at 65,536 tokens, which takes a minute; this is a quarter of both."""
+    script = str(root / "scripts" / "check_memory.py")
+    result = subprocess.run(
+        [sys.executable, script, "--seqlen", "16384"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_proc
+def test_a_stored_matrix_of_scores_is_caught(root):
+    code = """
+import sys, torch
+import check_memory
+def stored(q, k, v):
+    scores = torch.einsum("bihd,bjhd->bhij", q, k)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+check_memory.flash_attn_func = stored
+sys.exit(check_memory.main())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--seqlen", "2048"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "scripts"), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and "the bound is 18.8 MB" in result.stdout, result.stderr
 
 
 def test_every_room_has_a_rule(root):
