@@ -98,7 +98,9 @@ def main() -> int:
         print(f"{step:4}  {loss:22.5f}  {expected:23.5f}")
     before, after = places["padding_free"]
     print(f"questions nearest to their own answer: {before} before, {after} after")
-    print(f"a step takes {seconds['padding_free'] * 1e3:.0f} ms, {seconds['eager'] * 1e3:.0f} eager")
+    print(
+        f"a step takes {seconds['padding_free'] * 1e3:.0f} ms, {seconds['eager'] * 1e3:.0f} eager"
+    )
     difference = max(abs(a - b) for a, b in zip(losses["padding_free"], losses["eager"]))
     print(f"largest difference of a loss: {difference:.1e}")
     falls = losses["padding_free"][-1] < losses["padding_free"][0]

@@ -90,9 +90,7 @@ def varlen_fwd(
     """
     if leftpad_k is not None:
         _check_leftpad(leftpad_k, cu_seqlens_k, seqused_k, block_table)
-        k, v, cu_seqlens_k, seqused_k = _skip_left_padding(
-            k, v, cu_seqlens_k, seqused_k, leftpad_k
-        )
+        k, v, cu_seqlens_k, seqused_k = _skip_left_padding(k, v, cu_seqlens_k, seqused_k, leftpad_k)
     options = Options(
         p_dropout,
         softmax_scale,
@@ -291,12 +289,12 @@ def _check_leftpad(
         )
     if leftpad_k.device.type != "cpu":
         return
-    lengths = cu_seqlens_k.diff().tolist()
-    used = lengths if seqused_k is None else seqused_k.tolist()
-    for sequence, (padding, end, length) in enumerate(zip(leftpad_k.tolist(), used, lengths)):
+    seqlens = cu_seqlens_k.diff().tolist()
+    ends = seqlens if seqused_k is None else seqused_k.tolist()
+    for sequence, (padding, end, seqlen) in enumerate(zip(leftpad_k.tolist(), ends, seqlens)):
         # Behind a sequence lies the padding of the next one, which nothing else keeps apart.
-        if end > length:
-            raise ValueError(f"seqused_k: entry {sequence} is {end}, must be in [0, {length}]")
+        if end > seqlen:
+            raise ValueError(f"seqused_k: entry {sequence} is {end}, must be in [0, {seqlen}]")
         if not 0 <= padding <= end:
             raise ValueError(
                 f"leftpad_k: entry {sequence} is {padding}, must be in [0, {end}],"
