@@ -1,10 +1,9 @@
 """Checks that training memory grows linearly with the sequence length, on the CPU.
 
 Forward and backward of one long sequence, 2 heads, head_dim 64, fp32, every token attending to
-every other. What the process's resident memory grows by at its peak, less the inputs (q, k, v, dout)
-and the outputs (out, dq, dk, dv), must stay under 600 MB at 65,536 tokens, and in proportion below;
-the matrix of scores alone would be 34 GB. At 65,536 tokens it takes a minute or two on two
-processors:
+every other. What resident memory grows by at its peak, less the inputs (q, k, v, dout) and the
+outputs (out, dq, dk, dv), must stay under 600 MB at 65,536 tokens, and in proportion below; the
+matrix of scores alone would be 34 GB. At 65,536 tokens it takes a minute or two on two processors:
 
     python scripts/check_memory.py
     python scripts/check_memory.py --seqlen 16384

@@ -80,15 +80,40 @@ class Call {
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
-  // Of what the forward and the backward write.
+  // Makes k and v a cache with room for 5 tokens a row, of which 2 and 4 are held; one is appended.
+  void make_cache() {
+    give(k_new, &args.k_new, {2, 1, 2, 8}, FA_FLOAT, 32);
+    give(v_new, &args.v_new, {2, 1, 2, 8}, FA_FLOAT, 32);
+    give_lengths(cache_seqlens, &args.cache_seqlens, 2, 4);
+  }
+  void give_lengths(Spoilable& optional, const fa_tensor** used, int32_t first, int32_t second) {
+    int32_t* values = lengths_[num_lengths_++].data();
+    values[0] = first;
+    values[1] = second;
+    optional.give({2}, FA_INT, 32, values);
+    *used = &optional.tensor;
+  }
+  // The rows of the cache become pages, one for each sequence.
+  void give_pages(int32_t first, int32_t second) {
+    give_lengths(block_table, &args.block_table, first, second);
+    block_table.tensor.ndim = 2;
+    block_table.shape[1] = 1;
+  }
+  void give_rotary(int64_t positions, int64_t half) {
+    give(rotary_cos, &args.rotary_cos, {positions, half}, FA_FLOAT, 32);
+    give(rotary_sin, &args.rotary_sin, {positions, half}, FA_FLOAT, 32);
+  }
+
+  // Of what the forward, over a cache too, and the backward write.
   uint64_t outputs_hash() const {
-    uint64_t hash = 0;
+    uint64_t hash = cache_hash();
     for (const HostTensor* it :
          {&tensors_.out, &tensors_.lse, &tensors_.dq, &tensors_.dk, &tensors_.dv}) {
       hash = hash * 31 ^ it->hash();
     }
     return hash;
   }
+  uint64_t cache_hash() const { return tensors_.k.hash() * 31 ^ tensors_.v.hash(); }
 
   // Memory that is large enough for any optional tensor given here.
   void* spare() { return spare_.data(); }
@@ -102,6 +127,7 @@ class Call {
   Spoilable q, k, v, out, lse, s_dmask;
   Spoilable cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
   Spoilable alibi_slopes, attn_bias, learnable_sink;
+  Spoilable cache_seqlens, cache_batch_idx, cache_leftpad, k_new, v_new, rotary_cos, rotary_sin;
   fa_attention_gradients gradients{};
   Spoilable dout, dq, dk, dv, d_attn_bias, d_learnable_sink;
   double scale = 0.0;
@@ -109,6 +135,8 @@ class Call {
  private:
   CaseTensors tensors_;
   alignas(64) std::array<std::byte, 1 << 16> spare_{};
+  std::array<std::array<int32_t, 2>, 4> lengths_{};
+  size_t num_lengths_ = 0;
 };
 
 // q [2, 4, 6, 8], k and v [2, 5, 2, 8].
@@ -496,6 +524,63 @@ const BadCall kVarlenCalls[] = {
     {"paged_k_rank_3", kPaged, [](Call& c) { c.k.tensor.ndim = 3; }, {"k:", "3 dimensions"}},
 };
 
+// kDense with make_cache().
+const BadCall kCaches[] = {
+    {"cache_too_small",
+     kDense,
+     [](Call& c) { c.cache_seqlens.lengths()[1] = 5; },
+     {"cache_seqlens:", "entry 1 is 5", "room for 5"}},
+    {"length_negative",
+     kDense,
+     [](Call& c) { c.cache_seqlens.lengths()[0] = -1; },
+     {"cache_seqlens:", "entry 0 is -1"}},
+    {"lengths_int64",
+     kDense,
+     [](Call& c) { c.cache_seqlens.set_dtype(FA_INT, 64); },
+     {"cache_seqlens:", "int64"}},
+    {"row_beyond_the_last",
+     kDense,
+     [](Call& c) { c.give_lengths(c.cache_batch_idx, &c.args.cache_batch_idx, 0, 2); },
+     {"cache_batch_idx:", "entry 1 is 2"}},
+    {"row_with_pages",
+     kDense,
+     [](Call& c) {
+       c.give_pages(0, 1);
+       c.give_lengths(c.cache_batch_idx, &c.args.cache_batch_idx, 0, 1);
+     },
+     {"cache_batch_idx:", "block_table"}},
+    {"page_of_the_cache_beyond_the_last",
+     kDense,
+     [](Call& c) { c.give_pages(0, 2); },
+     {"block_table:", "entry [1, 0] is 2"}},
+    {"page_of_the_cache_negative",
+     kDense,
+     [](Call& c) { c.give_pages(-1, 1); },
+     {"block_table:", "entry [0, 0] is -1"}},
+    {"leftpad_beyond_the_row",
+     kDense,
+     [](Call& c) { c.give_lengths(c.cache_leftpad, &c.args.cache_leftpad, 4, 0); },
+     {"cache_leftpad:", "entry 0 is 4"}},
+    {"k_new_alone", kDense, [](Call& c) { c.args.v_new = nullptr; }, {"v_new:", "missing"}},
+    {"k_new_head_dim", kDense, [](Call& c) { c.k_new.shape[3] = 7; }, {"k_new:", "[2, 1, 2, 7]"}},
+    {"v_new_seqlen", kDense, [](Call& c) { c.v_new.shape[1] = 2; }, {"v_new:", "[2, 2, 2, 8]"}},
+    {"v_new_float16",
+     kDense,
+     [](Call& c) { c.v_new.set_dtype(FA_FLOAT, 16); },
+     {"v_new:", "float16"}},
+    {"rotary_too_short", kDense, [](Call& c) { c.give_rotary(4, 4); }, {"rotary_cos:", "has 4"}},
+    {"rotary_dim_too_large", kDense, [](Call& c) { c.give_rotary(9, 5); }, {"rotary_cos:", "10"}},
+    {"rotary_sin_missing",
+     kDense,
+     [](Call& c) {
+       c.give_rotary(9, 4);
+       c.args.rotary_sin = nullptr;
+     },
+     {"rotary_sin:", "missing"}},
+    {"splits_negative", kDense, [](Call& c) { c.args.num_splits = -1; }, {"num_splits", "-1"}},
+    {"dropout_with_a_cache", kDense, [](Call& c) { c.args.dropout_p = 0.1; }, {"dropout_p", "0.1"}},
+};
+
 void give_sink(Call& c) { c.give(c.learnable_sink, &c.args.learnable_sink, {6}, FA_FLOAT, 32); }
 
 void give_bias(Call& c, int code, int bits) {
@@ -592,8 +677,10 @@ const BadCall kGradients[] = {
     {"pages", kPaged, [](Call&) {}, {"pages", "contiguous"}, FA_UNSUPPORTED},
 };
 
-void expect_refused(const BadCall& bad, fa_status (*run)(Call& call)) {
+void expect_refused(
+    const BadCall& bad, fa_status (*run)(Call& call), void (*prepare)(Call& call) = [](Call&) {}) {
   Call call(bad.base);
+  prepare(call);
   bad.spoil(call);
   const uint64_t before = call.outputs_hash();
   EXPECT_EQ(run(call), bad.code);
@@ -616,6 +703,13 @@ TEST_P(BadBackwardInput, is_named_and_nothing_is_written) {
   expect_refused(GetParam(), [](Call& c) { return fa_backward(&c.args, &c.gradients); });
 }
 
+class BadCacheInput : public ::testing::TestWithParam<BadCall> {};
+
+TEST_P(BadCacheInput, is_named_and_nothing_is_written) {
+  expect_refused(
+      GetParam(), [](Call& c) { return fa_forward(&c.args); }, [](Call& c) { c.make_cache(); });
+}
+
 std::string name_of(const ::testing::TestParamInfo<BadCall>& info) { return info.param.name; }
 
 INSTANTIATE_TEST_SUITE_P(Missing, BadInput, ::testing::ValuesIn(kMissing), name_of);
@@ -624,6 +718,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, BadInput, ::testing::ValuesIn(kShapes), name_of
 INSTANTIATE_TEST_SUITE_P(Scalars, BadInput, ::testing::ValuesIn(kScalars), name_of);
 INSTANTIATE_TEST_SUITE_P(Options, BadInput, ::testing::ValuesIn(kOptions), name_of);
 INSTANTIATE_TEST_SUITE_P(Varlen, BadInput, ::testing::ValuesIn(kVarlenCalls), name_of);
+INSTANTIATE_TEST_SUITE_P(Caches, BadCacheInput, ::testing::ValuesIn(kCaches), name_of);
 INSTANTIATE_TEST_SUITE_P(Gradients, BadBackwardInput, ::testing::ValuesIn(kGradients), name_of);
 
 // What the table spoils is valid before.
@@ -638,6 +733,19 @@ TEST(BadInputBase, calls_are_valid_before_they_are_spoiled) {
     EXPECT_EQ(fa_backward(&call.args, &call.gradients), FA_OK)
         << c->name << ": " << fa_last_error_message();
     EXPECT_NE(call.outputs_hash(), between);
+  }
+}
+
+TEST(BadInputBase, caches_are_valid_before_they_are_spoiled) {
+  for (const bool paged : {false, true}) {
+    Call call(kDense);
+    call.make_cache();
+    call.give_lengths(call.cache_leftpad, &call.args.cache_leftpad, 3, 0);
+    call.give_rotary(9, 4);
+    if (paged) call.give_pages(1, 0);
+    const uint64_t before = call.cache_hash();
+    EXPECT_EQ(fa_forward(&call.args), FA_OK) << fa_last_error_message();
+    EXPECT_NE(call.cache_hash(), before);
   }
 }
 
