@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -80,6 +81,84 @@ def test_decoding_token_by_token_equals_the_whole_sequence(dtype, page_size, rot
             **layout,
         )
         assert (out - expected[:, first:last]).abs().max() <= TOLERANCE[dtype], (first, last)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_decoding_equals_the_whole_sequence(seed):
+    """Rows of several lengths, anywhere in the cache, behind padding, in steps of random lengths
+    with random splits."""
+    draw = random.Random(seed)
+    batch, heads_kv, dim = 3, draw.choice([1, 2]), draw.choice([16, 40, 64])
+    heads = heads_kv * draw.choice([1, 3, 8])
+    prompts = [draw.randint(0, 60) for _ in range(batch)]
+    padding = [draw.choice([0, draw.randint(1, 30)]) for _ in range(batch)]
+    steps = [draw.choice([1, 1, 1, draw.randint(2, 9)]) for _ in range(8)]
+    page_size = draw.choice([0, 0, 1, 7, 16, 64])
+    options: dict[str, Any] = dict(
+        causal=draw.choice([True, True, False]), window_size=(draw.choice([-1, 20]), 0)
+    )
+    length = max(prompts) + sum(steps)
+    q = normal(batch, length, heads, dim, seed=3 * seed)
+    k = normal(batch, length, heads_kv, dim, seed=3 * seed + 1)
+    v = normal(batch, length, heads_kv, dim, seed=3 * seed + 2)
+    room = (max(padding) + length + 63) // 64 * 64 if page_size != 7 else 140
+    k_cache, v_cache, layout = empty_cache(batch + 2, room, heads_kv, dim, k.dtype, page_size)
+    rows = draw.sample(range(batch + 2), batch)
+    if page_size:
+        layout["block_table"] = layout["block_table"][rows].contiguous()
+    else:
+        layout["cache_batch_idx"] = lengths(*rows)
+    layout["cache_leftpad"] = lengths(*padding)
+    angles = torch.arange(room)[:, None] * 0.5 ** torch.arange(dim // 4)[None, :]
+    cos, sin, interleaved = angles.cos(), angles.sin(), draw.choice([True, False])
+    has_rotary = draw.choice([True, False])
+    if has_rotary:
+        layout |= dict(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved)
+
+    # The prompts, each alone; then all rows together.
+    held = [first + n for first, n in zip(padding, prompts)]
+    for b in range(batch):
+        table = "block_table" if page_size else "cache_batch_idx"
+        of_row = {key: layout[key][b : b + 1] for key in (table, "cache_leftpad")}
+        flash_attn_with_kvcache(
+            q[b : b + 1, : prompts[b]],
+            k_cache,
+            v_cache,
+            k[b : b + 1, : prompts[b]],
+            v[b : b + 1, : prompts[b]],
+            cache_seqlens=padding[b],
+            **{**layout, **of_row, **options},
+        )
+    outs = []
+    for step in steps:
+        new = [slice(n - first, n - first + step) for n, first in zip(held, padding)]
+        new_q, new_k, new_v = (
+            torch.stack([x[b, tokens] for b, tokens in enumerate(new)]) for x in (q, k, v)
+        )
+        outs.append(
+            flash_attn_with_kvcache(
+                new_q,
+                k_cache,
+                v_cache,
+                new_k,
+                new_v,
+                cache_seqlens=lengths(*held),
+                num_splits=draw.choice([0, 1, draw.randint(2, 12)]),
+                **layout,
+                **options,
+            )
+        )
+        held = [n + step for n in held]
+    decoded = torch.cat(outs, 1)
+
+    for b in range(batch):
+        end = prompts[b] + sum(steps)
+        whole = [x[b : b + 1, :end] for x in (q, k, v)]
+        if has_rotary:
+            turns = cos[padding[b] :], sin[padding[b] :], interleaved
+            whole[:2] = [rotate(x, *turns) for x in whole[:2]]
+        expected = flash_attn_func(*whole, **options)[0, prompts[b] :]
+        assert (decoded[b] - expected).abs().max() <= TOLERANCE[q.dtype]
 
 
 def test_results_and_shapes():
