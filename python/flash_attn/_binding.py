@@ -227,6 +227,10 @@ def fwd_kvcache(
     """
     from .flash_attn_interface import flash_attn_with_kvcache  # which imports this module
 
+    _check_tensors(q=q, kcache=kcache, vcache=vcache)
+    if out is not None and q.dim() == vcache.dim() == 4:  # else what follows refuses q or vcache
+        # Before k and v are written into the cache.
+        _check_given("out", out, (*q.shape[:3], vcache.size(3)), q.dtype)
     result, lse = flash_attn_with_kvcache(
         q,
         kcache,
@@ -334,6 +338,9 @@ def _backward(
     rng_state: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     _check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
+    for name, gradient, x in zip(("dq", "dk", "dv"), gradients, (q, k, v)):
+        if gradient is not None:
+            _check_given(name, gradient, x.shape, x.dtype)
     with torch.no_grad():
         seed, offset = _seed_and_offset(options.dropout_p, rng_state)
         dout, out = _compact(dout), _compact(out)
@@ -408,13 +415,19 @@ def _compact(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
+def _check_given(
+    name: str, given: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    _check_tensors(**{name: given})
+    if given.shape != shape or given.dtype != dtype:
+        raise ValueError(
+            f"{name}: must be {dtype} {list(shape)}, is {given.dtype} {list(given.shape)}"
+        )
+
+
 def _into(name: str, given: torch.Tensor | None, computed: torch.Tensor) -> torch.Tensor:
     """`computed`, in `given` where the caller has given a tensor."""
     if given is None or given is computed:
         return computed
-    if given.shape != computed.shape or given.dtype != computed.dtype:
-        raise ValueError(
-            f"{name}: must be {computed.dtype} {list(computed.shape)},"
-            f" is {given.dtype} {list(given.shape)}"
-        )
+    _check_given(name, given, computed.shape, computed.dtype)
     return given.copy_(computed)

@@ -9,6 +9,7 @@ import inspect
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -354,7 +355,7 @@ def test_bad_input():
         backward(None)
     with pytest.raises(ValueError, match="rng_state: must be int64"):
         backward(rng_state.int())
-    with pytest.raises(ValueError, match="dq: shape"):
+    with pytest.raises(ValueError, match="dq: must be"):
         backward(rng_state, torch.empty(3, 5))
     with pytest.raises(TypeError, match=r"k: must be a torch\.Tensor"):
         _flash_attn_forward(q, [1.0], v, *options, False)
@@ -366,6 +367,60 @@ def test_bad_input():
             block_table=torch.zeros((1, 1), dtype=torch.int32),
             leftpad_k=torch.zeros(1, dtype=torch.int32),
         )
+
+
+# What is wrong with a backward, and what the message names.
+BAD_BACKWARD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "dout_of_another_length": (lambda it: {"dout": it["dout"][:, 1:]}, "dout: shape"),
+    "dout_of_another_dtype": (lambda it: {"dout": it["dout"].half()}, "dout: dtype"),
+    "dout_a_list": (lambda it: {"dout": [1.0]}, r"dout: must be a torch\.Tensor"),
+    "out_of_another_head_dim": (lambda it: {"out": it["out"][..., 1:]}, "out: shape"),
+    "lse_of_another_length": (lambda it: {"softmax_lse": it["softmax_lse"][..., 1:]}, "lse"),
+    "lse_of_another_dtype": (lambda it: {"softmax_lse": it["softmax_lse"].half()}, "lse"),
+    "k_of_another_head_dim": (
+        lambda it: {"k": it["k"][..., 1:], "dk": it["k"][..., 1:].clone()},
+        "k: head_dim",
+    ),
+    "dk_of_another_shape": (lambda it: {"dk": it["dk"][:, 1:]}, "dk: must be"),
+    "dv_of_another_dtype": (lambda it: {"dv": it["dv"].half()}, "dv: must be"),
+    "dv_of_another_dtype_and_apart": (
+        lambda it: {"dv": torch.empty(2, 97, 2, 128).half()[..., ::2]},
+        "dv: must be",
+    ),
+    "dq_broadcast": (lambda it: {"dq": torch.empty(1, 1, 1, 64).expand(2, 65, 4, 64)}, "dq: "),
+    "dropout_of_1": (lambda it: {"dropout_p": 1.0}, "dropout_p"),
+    "softcap_negative": (lambda it: {"softcap": -1.0}, "softcap"),
+    "window_below_minus_1": (lambda it: {"window_size_left": -3}, "window_size"),
+    "no_rng_state": (lambda it: {"rng_state": None}, "rng_state: is None"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BACKWARD)
+def test_a_bad_backward_is_named_and_writes_nothing(name):
+    q, k, v = tensors()
+    options = (0.5, None, False, -1, -1, 0.0, None)
+    out, lse, _, rng_state = _flash_attn_forward(q, k, v, *options, False)
+    names = SIGNATURES["_flash_attn_backward"][0].split()
+    gradients = [torch.full_like(x, 7.0) for x in (q, k, v)]
+    values = (out, q, k, v, out, lse, *gradients, *options, False, rng_state)
+    arguments = dict(zip(names, values, strict=True))
+    change, message = BAD_BACKWARD[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        _flash_attn_backward(**(arguments | change(arguments)))
+    assert all((x == 7.0).all() for x in gradients)
+
+
+def test_a_bad_out_of_the_extension_leaves_the_cache_as_it_is():
+    q, k, v = tensors(2, 3, 3)
+    cache = torch.full((2, 8, 2, 64), 7.0)
+    lengths = torch.tensor([5, 0], dtype=torch.int32)
+    for out in (torch.empty(2, 3, 4, 32), torch.empty(2, 3, 4, 64).half()):
+        with pytest.raises(ValueError, match="out: must be"):
+            flash_attn_2_cuda.fwd_kvcache(
+                *(q, cache, cache, k, v, lengths, *(None,) * 6, out),
+                *(0.125, True, -1, 0, 0.0, False, 0),
+            )
+    assert (cache == 7.0).all()
 
 
 def test_clients_find_the_distribution_and_its_version():
