@@ -3,6 +3,7 @@ autograd.Function for all of them."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -560,6 +561,6 @@ def length(name: str, value: object) -> int:
     if _is_compiling() and isinstance(value, _Tensor):
         return value  # known when the operator runs
     try:
-        return int(value)  # type: ignore[call-overload]
+        return operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: must be an integer, is {value!r:.60}") from None

@@ -486,6 +486,9 @@ def flash_attn_with_kvcache(
         ValueError, TypeError, NotImplementedError: as flash_attn_func. A length, page or row out of
         range is an error before anything is written.
     """
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: must be a torch.Tensor or None, is {type(tensor).__name__}")
     if not isinstance(cache_seqlens, torch.Tensor):
         check_tensors(KVCACHE_NAMES, (q, k_cache, v_cache))
         if cache_seqlens is None:

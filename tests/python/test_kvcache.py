@@ -208,6 +208,29 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "rotary_cos: rotary_dim is 18",
     ),
     "rotary_sin_missing": ({"rotary_cos": normal(30, 8)}, "rotary_sin: is missing"),
+    "an_int_of_lengths_too_large": ({"cache_seqlens": 20}, "cache_seqlens: entry 0 is 20"),
+    "an_int_of_lengths_negative": ({"cache_seqlens": -1}, "cache_seqlens: entry 0 is -1"),
+    "row_negative": ({"cache_batch_idx": lengths(-1, 0)}, "cache_batch_idx: entry 0 is -1"),
+    "rows_of_int64": ({"cache_batch_idx": torch.tensor([0, 1])}, "cache_batch_idx: dtype is int64"),
+    "leftpad_negative": ({"cache_leftpad": lengths(0, -1)}, "cache_leftpad: entry 1 is -1"),
+    "new_keys_of_another_dtype": ({"k": normal(2, 1, 2, 16).half()}, "k_new: dtype is float16"),
+    "new_keys_of_another_batch": ({"k": normal(1, 1, 2, 16)}, "k_new: shape"),
+    "queries_of_another_batch": ({"q": normal(3, 1, 4, 16)}, "batch"),
+    "rotary_without_new_keys": (
+        {"k": None, "v": None, "rotary_cos": normal(30, 8), "rotary_sin": normal(30, 8)},
+        "rotary_cos: is given",
+    ),
+    "rotary_tables_differ": (
+        {"rotary_cos": normal(30, 8), "rotary_sin": normal(30, 4)},
+        "rotary_sin: shape",
+    ),
+    "rotary_of_another_dtype": (
+        {"rotary_cos": normal(30, 8).half(), "rotary_sin": normal(30, 8).half()},
+        "rotary_cos: dtype is float16",
+    ),
+    "sink_of_another_length": ({"learnable_sink": normal(3)}, "learnable_sink: shape"),
+    "slopes_of_another_length": ({"alibi_slopes": normal(3)}, "alibi_slopes: shape"),
+    "window_below_minus_1": ({"window_size": (-2, 0)}, "window_size_left: is -2"),
     "too_many_splits": ({"num_splits": 1000}, "num_splits: is 1000"),
     "negative_splits": ({"num_splits": -1}, "num_splits: is -1"),
 }
@@ -216,25 +239,84 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_argument_is_named_and_nothing_is_written(name):
     changed, message = BAD[name]
-    q = normal(2, 1, 4, 16)
     k_cache, v_cache = normal(2, 20, 2, 16, seed=1), normal(2, 20, 2, 16, seed=2)
     before = k_cache.clone(), v_cache.clone()
     arguments: dict[str, Any] = {
+        "q": normal(2, 1, 4, 16),
         "k": normal(2, 1, 2, 16, seed=3),
         "v": normal(2, 1, 2, 16, seed=4),
         "cache_seqlens": lengths(5, 7),
     }
     with pytest.raises(ValueError, match=message):
-        flash_attn_with_kvcache(q, k_cache, v_cache, **(arguments | changed))
+        flash_attn_with_kvcache(k_cache=k_cache, v_cache=v_cache, **(arguments | changed))
     assert torch.equal(k_cache, before[0]) and torch.equal(v_cache, before[1])
 
 
-def test_a_page_out_of_range_is_refused():
-    q, pages = normal(1, 1, 2, 16), normal(4, 8, 2, 16)
-    for entry in (4, -1):
-        table = torch.tensor([[0, entry]], dtype=torch.int32)
-        with pytest.raises(ValueError, match=rf"block_table: entry \[0, 1\] is {entry}"):
-            flash_attn_with_kvcache(q, pages, pages, cache_seqlens=12, block_table=table)
+BAD_PAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "page_too_large": ({"block_table": lengths(0, 1, 6, 3)}, r"block_table: entry \[1, 0\] is 6"),
+    "page_negative": ({"block_table": lengths(0, -1, 2, 3)}, r"block_table: entry \[0, 1\] is -1"),
+    "page_of_the_new_token": ({"block_table": lengths(0, 6, 2, 3)}, r"block_table: entry \[0, 1\]"),
+    "no_room": ({"cache_seqlens": lengths(16, 3)}, "cache_seqlens: entry 0 is 16"),
+    "of_int64": ({"block_table": torch.tensor([0, 1, 2, 3])}, "block_table: dtype is int64"),
+    "of_another_batch": ({"block_table": lengths(0, 1)}, "block_table: batch is 1"),
+    "with_rows": ({"cache_batch_idx": lengths(0, 1)}, "cache_batch_idx: is given"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PAGES)
+def test_a_bad_page_is_named_and_nothing_is_written(name):
+    changed, message = BAD_PAGES[name]
+    pages = normal(2, 6, 8, 2, 16)
+    before = pages.clone()
+    new = normal(2, 1, 2, 16, seed=3)
+    arguments = {"cache_seqlens": lengths(8, 3), "block_table": lengths(0, 1, 2, 3)} | changed
+    arguments["block_table"] = arguments["block_table"].view(-1, 2)
+    with pytest.raises(ValueError, match=message):
+        flash_attn_with_kvcache(normal(2, 1, 4, 16), *pages, new, new, **arguments)
+    assert torch.equal(pages, before)
+
+
+def test_a_page_that_is_not_in_use_may_be_anything():
+    pages = normal(2, 6, 8, 2, 16)
+    q = normal(1, 1, 4, 16)
+    outs = [
+        flash_attn_with_kvcache(
+            q, *pages, cache_seqlens=8, block_table=torch.tensor([[4, other]], dtype=torch.int32)
+        )
+        for other in (2, 99, -7)
+    ]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"q": [1.0]},
+        {"k_cache": None},
+        {"v_cache": 3},
+        {"k": [1.0]},
+        {"v": 2.0},
+        {"cache_seqlens": [1, 2]},
+        {"cache_seqlens": 1.5},
+        {"cache_seqlens": "all"},
+        {"num_splits": 2.5},
+    ],
+    ids=lambda changed: f"{next(iter(changed))}_{next(iter(changed.values()))}",
+)
+def test_a_wrong_type_is_named_and_nothing_is_written(changed):
+    cache = normal(2, 20, 2, 16)
+    before = cache.clone()
+    arguments: dict[str, Any] = {
+        "q": normal(2, 1, 4, 16),
+        "k_cache": cache,
+        "v_cache": cache,
+        "k": normal(2, 1, 2, 16),
+        "v": normal(2, 1, 2, 16),
+        "cache_seqlens": 5,
+    }
+    with pytest.raises(TypeError, match=rf"\b{next(iter(changed))}: must be"):
+        flash_attn_with_kvcache(**(arguments | changed))
+    assert torch.equal(cache, before)
 
 
 def test_appending_needs_lengths():
