@@ -28,7 +28,8 @@ Options that all functions share:
   dropped.
 - `attn_bias`: added to S; fp32 or q's dtype, broadcastable to [B, H, Sq, Sk] (varlen: [B, H,
   max_seqlen_q, max_seqlen_k]). A boolean one keeps the elements where it is true.
-- `learnable_sink` [H], fp32 or q's dtype: exp(sink) joins the denominator of the softmax.
+- `learnable_sink` [H], fp32 or q's dtype: exp(sink) joins the denominator of the softmax; `s_aux`
+  is another name for it.
 
 q, k and v are fp32, fp16 or bf16, all of one dtype. A last dimension that is not contiguous is
 copied; any other strides are used as they are. A query that sees no key gives zeros.
@@ -89,6 +90,14 @@ def maybe_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
 
+def _only_sink(learnable_sink: torch.Tensor | None, s_aux: torch.Tensor) -> torch.Tensor:
+    if learnable_sink is not None:
+        raise ValueError(
+            "s_aux: is given together with learnable_sink, of which it is another name"
+        )
+    return s_aux
+
+
 def _get_block_size_n(device: object, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
     """The number of keys that share one maximum in S_dmask: all of them, whatever the arguments."""
     return 2**30
@@ -107,6 +116,7 @@ def flash_attn_qkvpacked_func(
     *,
     attn_bias: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> Result:
     """Attention of a tensor that holds q, k and v.
 
@@ -121,7 +131,7 @@ def flash_attn_qkvpacked_func(
         QKV_PACKED,
         (qkv,),
         attn_bias,
-        learnable_sink,
+        learnable_sink if s_aux is None else _only_sink(learnable_sink, s_aux),
         Options(
             dropout_p,
             softmax_scale,
@@ -149,6 +159,7 @@ def flash_attn_kvpacked_func(
     *,
     attn_bias: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> Result:
     """Attention of q and a tensor that holds k and v.
 
@@ -164,7 +175,7 @@ def flash_attn_kvpacked_func(
         KV_PACKED,
         (q, kv),
         attn_bias,
-        learnable_sink,
+        learnable_sink if s_aux is None else _only_sink(learnable_sink, s_aux),
         Options(
             dropout_p,
             softmax_scale,
@@ -193,6 +204,7 @@ def flash_attn_func(
     *,
     attn_bias: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> Result:
     """Attention of q over k and v: softmax(softmax_scale * Q K^T) V (Dao et al., 2022 and 2023).
 
@@ -241,7 +253,7 @@ def flash_attn_func(
         SEPARATE,
         (q, k, v),
         attn_bias,
-        learnable_sink,
+        learnable_sink if s_aux is None else _only_sink(learnable_sink, s_aux),
         Options(
             dropout_p,
             softmax_scale,
@@ -270,6 +282,7 @@ def flash_attn_varlen_qkvpacked_func(
     *,
     attn_bias: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> Result:
     """Attention within sequences laid end to end, of a tensor that holds q, k and v.
 
@@ -286,7 +299,7 @@ def flash_attn_varlen_qkvpacked_func(
         QKV_PACKED,
         (qkv,),
         attn_bias,
-        learnable_sink,
+        learnable_sink if s_aux is None else _only_sink(learnable_sink, s_aux),
         Options(
             dropout_p,
             softmax_scale,
@@ -322,6 +335,7 @@ def flash_attn_varlen_kvpacked_func(
     *,
     attn_bias: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
 ) -> Result:
     """Attention between sequences laid end to end, of q and a tensor that holds k and v.
@@ -339,7 +353,7 @@ def flash_attn_varlen_kvpacked_func(
         KV_PACKED,
         (q, kv),
         attn_bias,
-        learnable_sink,
+        learnable_sink if s_aux is None else _only_sink(learnable_sink, s_aux),
         Options(
             dropout_p,
             softmax_scale,
@@ -378,6 +392,7 @@ def flash_attn_varlen_func(
     *,
     attn_bias: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
 ) -> Result:
     """Attention between sequences laid end to end, without padding (Dao et al., 2022 and 2023).
@@ -409,7 +424,7 @@ def flash_attn_varlen_func(
         SEPARATE,
         (q, k, v),
         attn_bias,
-        learnable_sink,
+        learnable_sink if s_aux is None else _only_sink(learnable_sink, s_aux),
         Options(
             dropout_p,
             softmax_scale,
@@ -452,6 +467,7 @@ def flash_attn_with_kvcache(
     *,
     attn_bias: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of q over a cache of keys and values, to which k and v are appended in place.
 
@@ -514,7 +530,7 @@ def flash_attn_with_kvcache(
             num_splits,
         ),
         attn_bias,
-        learnable_sink,
+        learnable_sink if s_aux is None else _only_sink(learnable_sink, s_aux),
         Options(
             0.0,
             softmax_scale,

@@ -74,7 +74,7 @@ def test_signatures_are_the_originals(name):
     # What this library adds comes by keyword only, and does nothing by default.
     extensions = [p for p in parameters if p.kind is not p.POSITIONAL_OR_KEYWORD]
     assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in extensions)
-    assert {"attn_bias", "learnable_sink"} <= {p.name for p in extensions}
+    assert {"attn_bias", "learnable_sink", "s_aux"} <= {p.name for p in extensions}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -143,6 +143,28 @@ def test_positional_arguments_in_the_originals_order():
         return_attn_probs=True,
     )
     assert same_bits(by_position[0], by_name[0]) and same_bits(by_position[1], by_name[1])
+
+
+def test_s_aux_is_another_name_for_the_learnable_sink():
+    q, k, v = tensors(2, 65, 65, num_heads_kv=4)
+    flat, lengths = torch.stack((q, k, v), 2).flatten(0, 1), offsets([65, 65])
+    sink = torch.randn(4)
+    calls = [
+        lambda **it: flash_attn_func(q, k, v, **it),
+        lambda **it: flash_attn.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), **it),
+        lambda **it: flash_attn.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), **it),
+        lambda **it: flash_attn_varlen_func(*flat.unbind(1), lengths, lengths, 65, 65, **it),
+        lambda **it: flash_attn.flash_attn_varlen_kvpacked_func(
+            flat[:, 0], flat[:, 1:], lengths, lengths, 65, 65, **it
+        ),
+        lambda **it: flash_attn.flash_attn_varlen_qkvpacked_func(flat, lengths, 65, **it),
+        lambda **it: flash_attn.flash_attn_with_kvcache(q, k, v, **it),
+    ]
+    for call in calls:
+        out = call(s_aux=sink)
+        assert same_bits(out, call(learnable_sink=sink)) and not torch.equal(out, call())
+        with pytest.raises(ValueError, match="s_aux: is given together with learnable_sink"):
+            call(s_aux=sink, learnable_sink=sink)
 
 
 def test_another_device_is_refused_by_name():
