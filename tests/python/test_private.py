@@ -51,6 +51,27 @@ SIGNATURES: dict[str, tuple[str, tuple[Any, ...]]] = {
         (None, False),
     ),
 }
+_SCALARS = "is_causal window_size_left window_size_right softcap"
+# The order in which the extension's C++ functions take their arguments; all positional.
+EXTENSION = {
+    "fwd": f"q k v out alibi_slopes p_dropout softmax_scale {_SCALARS} return_softmax gen",
+    "varlen_fwd": (
+        "q k v out cu_seqlens_q cu_seqlens_k seqused_k leftpad_k block_table alibi_slopes"
+        " max_seqlen_q max_seqlen_k p_dropout softmax_scale zero_tensors"
+        f" {_SCALARS} return_softmax gen"
+    ),
+    "bwd": (
+        f"{_GRADIENTS} alibi_slopes p_dropout softmax_scale {_SCALARS} deterministic gen rng_state"
+    ),
+    "varlen_bwd": (
+        f"{_GRADIENTS} cu_seqlens_q cu_seqlens_k alibi_slopes max_seqlen_q max_seqlen_k p_dropout"
+        f" softmax_scale zero_tensors {_SCALARS} deterministic gen rng_state"
+    ),
+    "fwd_kvcache": (
+        "q kcache vcache k v seqlens_k rotary_cos rotary_sin cache_batch_idx leftpad_k block_table"
+        f" alibi_slopes out softmax_scale {_SCALARS} is_rotary_interleaved num_splits"
+    ),
+}
 LENGTHS_Q, LENGTHS_K = [30, 0, 65, 7], [40, 9, 65, 0]
 VARLEN = (offsets(LENGTHS_Q), offsets(LENGTHS_K), 65, 65)
 # dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes.
@@ -271,6 +292,13 @@ def test_the_smallest_dropout_drops_nothing():
 def test_the_extension_module_is_flash_attn_gpu():
     for name in ("fwd", "varlen_fwd", "bwd", "varlen_bwd", "fwd_kvcache"):
         assert getattr(flash_attn_2_cuda, name) is getattr(flash_attn_gpu, name)
+
+
+@pytest.mark.parametrize("name", EXTENSION)
+def test_the_order_of_arguments_is_the_extensions(name):
+    specification = inspect.getfullargspec(getattr(flash_attn_2_cuda, name))
+    assert specification.args == EXTENSION[name].split()
+    assert specification.varargs is None and not specification.kwonlyargs
 
 
 def test_extension_dense():
