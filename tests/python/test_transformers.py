@@ -37,6 +37,13 @@ _COMMON: dict[str, Any] = dict(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Models of this size are not worth a second one, and threads that wait for one another on a
+    busy machine take a hundred times as long."""
+    torch.set_num_threads(1)
+
+
 def build(name: str, implementation: str) -> torch.nn.Module:
     """A small model with the same weights whatever the implementation."""
     group = dict(num_key_value_heads=2, head_dim=16)
