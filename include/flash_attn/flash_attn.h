@@ -194,6 +194,19 @@ FA_API int32_t fa_num_threads(const char** source);
  * already, so that the process keeps one set of threads. FA_UNSUPPORTED where it has none. */
 FA_API fa_status fa_use_openmp_runtime(const char* path);
 
+/* From now on no call uses more CPU threads than count() says, which is asked on the calling thread
+ * at each call: a framework's own setting. NULL: no such limit. Never fails. */
+FA_API void fa_use_thread_count(int32_t (*count)(void));
+
+/* How fast this machine can be at most, measured in about half a second: *per_second gets what
+ * num_threads threads do together, the best of several runs. num_threads 0: as many as a call uses.
+ *   "fp32_fma"     fp32 multiply-adds of the widest vectors, from registers; FLOP/s
+ *   "bf16_dot"     bf16 dot products into fp32, vector instructions; FLOP/s
+ *   "amx_bf16"     bf16 products of AMX tiles, each with its loads from L1; FLOP/s
+ *   "memory_read"  reads of more memory than the caches hold; bytes/s
+ * FA_UNSUPPORTED where the machine or the build lacks the kind. */
+FA_API fa_status fa_measure_ceiling(const char* kind, int32_t num_threads, double* per_second);
+
 /* The calling thread's last failure; "" if there was none. Valid until its next call. */
 FA_API const char* fa_last_error_message(void);
 

@@ -12,6 +12,9 @@ from torch.autograd.function import FunctionCtx
 
 from . import _native
 
+# The library may have been loaded before PyTorch, by a call on arrays.
+_native.share_threads_with_torch()
+
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # S_dmask's sequence dimensions are rounded up to multiples of this.

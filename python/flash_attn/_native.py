@@ -7,6 +7,7 @@ one, so that one process keeps one set of threads and torch.set_num_threads() ho
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import sys
 import threading
@@ -29,6 +30,8 @@ _FUNCTIONS = (
     "implementations",
     "num_threads",
     "use_openmp_runtime",
+    "use_thread_count",
+    "measure_ceiling",
     "version",
 )
 # Arithmetic happens in these, and other Python threads run meanwhile.
@@ -38,6 +41,7 @@ _WITHOUT_GIL = (
     "backward",
     "forward_oracle",
     "backward_oracle",
+    "measure_ceiling",
 )
 
 _DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
@@ -95,6 +99,7 @@ GRADIENT_ARGUMENTS = {
 
 _load_lock = threading.Lock()
 _module: Any = None  # keeps the functions below alive
+_shares_threads = False
 
 
 def _on_first_call(name: str) -> Callable[..., Any]:
@@ -114,6 +119,8 @@ explain = _on_first_call("explain")
 implementations = _on_first_call("implementations")
 num_threads = _on_first_call("num_threads")
 use_openmp_runtime = _on_first_call("use_openmp_runtime")
+use_thread_count = _on_first_call("use_thread_count")
+measure_ceiling = _on_first_call("measure_ceiling")
 version = _on_first_call("version")
 
 
@@ -135,7 +142,7 @@ def load() -> None:
             functions[name].release_gil = True
         globals().update(functions)
         _module = module
-        _share_openmp_threads()
+        share_threads_with_torch()
     if _environment.wants_flaggems():
         warnings.warn(
             "FLASH_ATTENTION_USE_FLAGGEMS: the Triton family is not in this version of"
@@ -145,13 +152,36 @@ def load() -> None:
         )
 
 
-def _share_openmp_threads() -> None:
+def share_threads_with_torch() -> None:
+    """Takes PyTorch's threads, and its number of them, once it and the library are loaded."""
+    global _shares_threads
+    if _shares_threads or _module is None or sys.modules.get("torch") is None:
+        return
+    _shares_threads = True
+    count = _thread_count_of_torch()
+    if count is not None:
+        use_thread_count(count)
     path = _openmp_runtime_of_torch()
     if path is None:
         return
     # Where it cannot be shared, the library's own threads serve as well.
     with contextlib.suppress(NotImplementedError, RuntimeError):
         use_openmp_runtime(path)
+
+
+def _thread_count_of_torch() -> ctypes.c_void_p | None:
+    """The address of at::get_num_threads(), what torch.get_num_threads() asks.
+
+    OpenMP keeps a number for each thread; for a thread that has run nothing of PyTorch yet it is
+    not the one of torch.set_num_threads(), which this function sets there before it answers.
+    """
+    home = Path(sys.modules["torch"].__file__ or "").parent
+    library = home / "lib" / f"libtorch_cpu{_SUFFIXES.get(sys.platform, '.so')}"
+    try:
+        function = ctypes.CDLL(str(library))["_ZN2at15get_num_threadsEv"]
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p)
 
 
 def _openmp_runtime_of_torch() -> str | None:

@@ -11,6 +11,7 @@
 #include "core/environment.h"
 #include "core/registry.h"
 #include "core/validate.h"
+#include "cpu/ceilings.h"
 #include "cpu/cpu.h"
 #include "flash_attn/flash_attn.h"
 #include "reference/reference.h"
@@ -639,6 +640,18 @@ fa_status fa_use_openmp_runtime(const char* path) {
   return guarded([&]() -> fa::core::Status {
     if (path == nullptr) return fa::core::invalid_argument("path is NULL");
     return fa::cpu::use_openmp_runtime(path);
+  });
+}
+
+void fa_use_thread_count(int32_t (*count)(void)) { fa::cpu::use_thread_count(count); }
+
+fa_status fa_measure_ceiling(const char* kind, int32_t num_threads, double* per_second) {
+  return guarded([&]() -> fa::core::Status {
+    if (kind == nullptr) return fa::core::invalid_argument("kind: is NULL");
+    if (per_second == nullptr) return fa::core::invalid_argument("per_second: is NULL");
+    const fa::core::Result<double> result = fa::cpu::measure_ceiling(kind, num_threads);
+    if (result.ok()) *per_second = result.value();
+    return result.status();
   });
 }
 

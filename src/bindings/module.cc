@@ -12,6 +12,7 @@
 #include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -201,6 +202,18 @@ ffi::Tuple<int64_t, ffi::String> count_threads() {
 
 void adopt_openmp_runtime(const ffi::String& path) { check(fa_use_openmp_runtime(path.c_str())); }
 
+// `count`: the address of an int(); null ends it.
+void adopt_thread_count(void* count) {
+  fa_use_thread_count(reinterpret_cast<int32_t (*)()>(count));
+}
+
+double measured_ceiling(const ffi::String& kind, int64_t num_threads) {
+  double per_second = 0.0;
+  const auto threads = static_cast<int32_t>(std::clamp<int64_t>(num_threads, -1, INT32_MAX));
+  check(fa_measure_ceiling(kind.c_str(), threads, &per_second));
+  return per_second;
+}
+
 ffi::String library_version() { return fa_version(); }
 
 // AttentionCall of a body, whose parameters after the first are Extra.
@@ -220,4 +233,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, CallOf<run_explain>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(implementations, list_implementations)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_threads, count_threads)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_openmp_runtime, adopt_openmp_runtime)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_thread_count, adopt_thread_count)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(measure_ceiling, measured_ceiling)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, library_version)

@@ -8,6 +8,7 @@
 #include "core/problem.h"
 #include "core/semantics.h"
 #include "core/sequence.h"
+#include "cpu/ceilings.h"
 #include "cpu/pairs.h"
 
 namespace fa::cpu {
@@ -160,6 +161,7 @@ struct InstructionSet {
   // Half of a core's L2, for the state of a task's panels; the rest is for keys, values and scores.
   int64_t panel_bytes = 256 * 1024;
   const PairKernels* pairs = nullptr;  // where set, the kernels take bfloat16 alone
+  CeilingLoops ceilings{};             // none: those of a set behind it in the list hold for it too
 };
 
 // Those that the kernels were compiled for, best first.

@@ -21,4 +21,7 @@ const char* parallel_source();
 // From now on runs on the OpenMP runtime in the library at `path`, which the process has loaded.
 core::Status use_openmp_runtime(const char* path);
 
+// From now on no call uses more threads than count() says on the calling thread; null: no limit.
+void use_thread_count(int (*count)());
+
 }  // namespace fa::cpu

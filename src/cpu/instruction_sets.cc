@@ -41,6 +41,7 @@ void add_if_compiled(const char* name, bool (*supported)(), std::vector<Instruct
   if constexpr ((HWY_TARGETS & kTarget) != 0) {
     list.push_back({name, supported, forward_kernels<kTarget>(), backward_kernels<kTarget>(),
                     panel_size<kTarget>(), kTileKeys, 256 * 1024, nullptr});
+    list.back().ceilings = ceiling_loops<kTarget>();
   }
 }
 

@@ -2,15 +2,15 @@
 // one; two sets of threads in one process take turns in milliseconds), or a pool of our own.
 #include <dlfcn.h>
 #include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <mutex>
-#include <thread>
 
 #include "core/environment.h"
 #include "cpu/cpu.h"
+#include "cpu/processors.h"
 #include "cpu/thread_pool.h"
 
 namespace fa::cpu {
@@ -25,21 +25,42 @@ struct OpenMpRuntime {
   int (*in_parallel)();
 };
 
+// How many threads the framework of the process wants of a call; null where it has not said.
+std::atomic<int (*)()> framework_threads{nullptr};
+
+int at_most_framework_threads(int threads) {
+  const auto wanted = framework_threads.load(std::memory_order_acquire);
+  return wanted == nullptr ? threads : std::max(1, std::min(threads, wanted()));
+}
+
+int at_most_quota(int threads) {
+  const int quota = processors_by_quota();
+  return quota > 0 ? std::min(threads, quota) : threads;
+}
+
 class OpenMpParallel final : public core::Parallel {
  public:
   explicit OpenMpParallel(const OpenMpRuntime& runtime) : runtime_(runtime) {}
 
   int num_workers() const override {
-    return runtime_.in_parallel() != 0 ? 1 : std::max(1, runtime_.max_threads());
+    if (runtime_.in_parallel() != 0) return 1;
+    int threads = wanted_threads();
+    // Runtimes count the processors once and know no quota. A number that somebody chose stays.
+    if (threads == default_threads_) threads = within_quota_;
+    const int processors = processors_by_affinity();
+    return processors < processors_then_ ? std::min(threads, processors) : threads;
   }
 
+  // The whole team enters, as in the framework's own regions, and takes no task where it is not
+  // wanted: GNU's runtime ends the threads that a smaller team leaves out, and starts them again
+  // for the next region.
   void run(int64_t num_tasks, int max_workers, core::ParallelBody body, void* context) override {
     const int workers = static_cast<int>(std::min<int64_t>(max_workers, num_tasks));
-    Region region{&runtime_, body, context, num_tasks, {}};
+    Region region{&runtime_, body, context, num_tasks, workers, {}};
     if (workers <= 1) {
       for (int64_t task = 0; task < num_tasks; ++task) body(context, task, 0);
     } else {
-      runtime_.parallel(&enter, &region, static_cast<unsigned>(workers), 0);
+      runtime_.parallel(&enter, &region, 0, 0);
     }
   }
 
@@ -49,40 +70,60 @@ class OpenMpParallel final : public core::Parallel {
     core::ParallelBody body;
     void* context;
     int64_t num_tasks;
+    int num_workers;
     std::atomic<int64_t> next_task;
   };
 
   static void enter(void* data) {
     Region& region = *static_cast<Region*>(data);
     const int worker = region.runtime->thread_num();
-    for (;;) {
+    while (worker < region.num_workers) {
       const int64_t task = region.next_task.fetch_add(1, std::memory_order_relaxed);
       if (task >= region.num_tasks) return;
       region.body(region.context, task, worker);
     }
   }
 
-  const OpenMpRuntime runtime_;
-};
+  // The framework is asked first: for a new thread that is when it sets the runtime's number.
+  int wanted_threads() const {
+    const int limit = at_most_framework_threads(std::numeric_limits<int>::max());
+    return std::max(1, std::min(limit, runtime_.max_threads()));
+  }
 
-int processors_of_this_process() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
-#endif
-  const unsigned count = std::thread::hardware_concurrency();
-  return count == 0 ? 1 : static_cast<int>(count);
-}
+  const OpenMpRuntime runtime_;
+  const int default_threads_ = wanted_threads();
+  const int within_quota_ = at_most_quota(default_threads_);
+  const int processors_then_ = processors_by_affinity();
+};
 
 std::atomic<OpenMpParallel*> openmp{nullptr};
 std::atomic<bool> forked{false};
 
+// The threads of a process that brings none, or that cannot use those it brought.
+class OwnThreads final : public core::Parallel {
+ public:
+  int num_workers() const override {
+    int threads = pool_.num_workers();
+    if (wanted_ == 0) threads = std::min(threads, processors_by_affinity());
+    // In the child of a fork: as many as the runtime would have taken.
+    if (const OpenMpParallel* adopted = openmp.load(std::memory_order_acquire)) {
+      threads = std::min(threads, adopted->num_workers());
+    }
+    return at_most_framework_threads(threads);
+  }
+  void run(int64_t num_tasks, int max_workers, core::ParallelBody body, void* context) override {
+    pool_.run(num_tasks, max_workers, body, context);
+  }
+  void forget_threads() { pool_.forget_threads(); }
+
+ private:
+  const int wanted_ = core::environment::num_threads();
+  ThreadPool pool_{wanted_ > 0 ? wanted_ : at_most_quota(processors_by_affinity())};
+};
+
 // Never destroyed: a thread may still be in a call while the process exits.
-ThreadPool& own_pool() {
-  static ThreadPool& pool = *[] {
-    const int wanted = core::environment::num_threads();
-    return new ThreadPool(wanted > 0 ? wanted : processors_of_this_process());
-  }();
+OwnThreads& own_pool() {
+  static OwnThreads& pool = *new OwnThreads;
   return pool;
 }
 
@@ -119,6 +160,8 @@ core::Parallel& default_parallel() {
 const char* parallel_source() {
   return &default_parallel() == &own_pool() ? "own pool" : "OpenMP runtime of the process";
 }
+
+void use_thread_count(int (*count)()) { framework_threads.store(count, std::memory_order_release); }
 
 core::Status use_openmp_runtime(const char* path) {
   if (path == nullptr) return core::invalid_argument("path: is NULL, must name a shared library");

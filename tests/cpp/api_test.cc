@@ -269,6 +269,21 @@ TEST(Cpp, version_has_three_numbers) {
   EXPECT_EQ(std::sscanf(version(), "%d.%d.%d%c", &major, &minor, &patch, &rest), 3);
 }
 
+TEST(CInterface, ceilings_are_measured_or_refused) {
+  for (const char* kind : {"fp32_fma", "memory_read"}) {
+    double per_second = 0;
+    EXPECT_EQ(fa_measure_ceiling(kind, 1, &per_second), FA_OK) << fa_last_error_message();
+    EXPECT_GT(per_second, 1e6) << kind;
+    EXPECT_LT(per_second, 1e13) << kind;
+  }
+  double per_second = 7;
+  EXPECT_EQ(fa_measure_ceiling("fp8", 1, &per_second), FA_INVALID_ARGUMENT);
+  EXPECT_EQ(fa_measure_ceiling("fp32_fma", -1, &per_second), FA_INVALID_ARGUMENT);
+  EXPECT_EQ(fa_measure_ceiling(nullptr, 1, &per_second), FA_INVALID_ARGUMENT);
+  EXPECT_EQ(fa_measure_ceiling("fp32_fma", 1, nullptr), FA_INVALID_ARGUMENT);
+  EXPECT_EQ(per_second, 7);
+}
+
 TEST(Cpp, threads_are_told) {
   EXPECT_GE(threads().count, 1);
   EXPECT_FALSE(threads().source.empty());

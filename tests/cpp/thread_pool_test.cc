@@ -1,15 +1,21 @@
 #include "cpu/thread_pool.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cpu/processors.h"
 
 namespace fa::cpu {
 namespace {
@@ -81,6 +87,89 @@ TEST(ThreadPool, works_in_the_child_of_a_fork) {
   int status = 0;
   ASSERT_EQ(waitpid(child, &status, 0), child);
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+int one_thread() { return 1; }
+
+TEST(ThreadPool, no_call_uses_more_threads_than_the_framework_wants) {
+  use_thread_count(&one_thread);
+  EXPECT_EQ(default_parallel().num_workers(), 1);
+  use_thread_count(nullptr);
+  EXPECT_GE(default_parallel().num_workers(), 1);
+}
+
+#if defined(__linux__)
+TEST(ThreadPool, a_thread_confined_to_one_processor_works_alone) {
+  if (std::getenv("OMP_NUM_THREADS") != nullptr ||
+      std::getenv("FLASH_ATTENTION_NUM_THREADS") != nullptr) {
+    GTEST_SKIP() << "a number that somebody chose holds";
+  }
+  default_parallel();
+  std::thread([] {
+    cpu_set_t set;
+    ASSERT_EQ(sched_getaffinity(0, sizeof(set), &set), 0);
+    int first = 0;
+    while (!CPU_ISSET(first, &set)) ++first;
+    CPU_ZERO(&set);
+    CPU_SET(first, &set);
+    ASSERT_EQ(sched_setaffinity(0, sizeof(set), &set), 0);
+    EXPECT_EQ(processors_by_affinity(), 1);
+    EXPECT_EQ(default_parallel().num_workers(), 1);
+  }).join();
+}
+#endif
+
+// A tree of files as Linux shows control groups.
+class ControlGroups : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    root_ = std::filesystem::temp_directory_path() /
+            ("fa_groups_" + std::to_string(getpid()) + "_" +
+             ::testing::UnitTest::GetInstance()->current_test_info()->name());
+  }
+  void TearDown() override { std::filesystem::remove_all(root_); }
+  void write(const std::string& path, const std::string& text) {
+    const std::filesystem::path file = root_.string() + path;
+    std::filesystem::create_directories(file.parent_path());
+    std::ofstream(file) << text;
+  }
+  int quota() const { return processors_by_quota(root_.string()); }
+
+ private:
+  std::filesystem::path root_;
+};
+
+TEST_F(ControlGroups, without_a_quota_there_is_no_limit) {
+  EXPECT_EQ(quota(), 0);
+  write("/proc/self/cgroup", "0::/service\n");
+  EXPECT_EQ(quota(), 0);
+  write("/sys/fs/cgroup/service/cpu.max", "max 100000\n");
+  EXPECT_EQ(quota(), 0);
+}
+
+TEST_F(ControlGroups, the_strictest_of_a_group_and_its_ancestors_holds) {
+  write("/proc/self/cgroup", "0::/slice/service\n");
+  write("/sys/fs/cgroup/slice/service/cpu.max", "450000 100000\n");
+  EXPECT_EQ(quota(), 5);  // 4.5, rounded up
+  write("/sys/fs/cgroup/slice/cpu.max", "200000 100000\n");
+  EXPECT_EQ(quota(), 2);
+  write("/sys/fs/cgroup/cpu.max", "50000 100000\n");
+  EXPECT_EQ(quota(), 1);
+}
+
+TEST_F(ControlGroups, version_1_is_read_too) {
+  write("/proc/self/cgroup", "4:memory:/m\n3:cpu,cpuacct:/docker/a\n0::/\n");
+  write("/sys/fs/cgroup/cpu,cpuacct/docker/a/cpu.cfs_period_us", "100000\n");
+  write("/sys/fs/cgroup/cpu,cpuacct/docker/a/cpu.cfs_quota_us", "-1\n");
+  EXPECT_EQ(quota(), 0);
+  write("/sys/fs/cgroup/cpu,cpuacct/docker/a/cpu.cfs_quota_us", "300000\n");
+  EXPECT_EQ(quota(), 3);
+}
+
+TEST_F(ControlGroups, in_a_container_the_groups_files_are_at_the_mount_point) {
+  write("/proc/self/cgroup", "0::/../../host/path\n");
+  write("/sys/fs/cgroup/cpu.max", "100000 100000\n");
+  EXPECT_EQ(quota(), 1);
 }
 
 TEST(ThreadPool, an_openmp_runtime_must_be_loaded_already) {
