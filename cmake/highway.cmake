@@ -2,6 +2,12 @@
 # nothing has to be found at run time. Debian and Ubuntu package it as libhwy-dev; where it is
 # missing, a pinned release is fetched.
 find_path(FA_HIGHWAY_INCLUDE_DIR hwy/highway.h)
+# The same headers serve every processor; a cross compiler must not see the rest of /usr/include.
+if(CMAKE_CROSSCOMPILING AND NOT FA_HIGHWAY_INCLUDE_DIR AND EXISTS /usr/include/hwy/highway.h)
+  set(FA_HIGHWAY_INCLUDE_DIR ${PROJECT_BINARY_DIR}/highway CACHE PATH "" FORCE)
+  file(MAKE_DIRECTORY ${FA_HIGHWAY_INCLUDE_DIR})
+  file(CREATE_LINK /usr/include/hwy ${FA_HIGHWAY_INCLUDE_DIR}/hwy SYMBOLIC)
+endif()
 if(NOT FA_HIGHWAY_INCLUDE_DIR)
   message(STATUS "Highway: libhwy-dev is not installed, fetching release 1.0.7")
   include(FetchContent)

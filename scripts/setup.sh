@@ -27,6 +27,9 @@ install_system_packages() {
   if ((${#missing[@]})) || ! has_header hwy/highway.h; then missing+=(libhwy-dev); fi
   if ((${#missing[@]})) || ! has_header gtest/gtest.h; then missing+=(libgtest-dev); fi
   has_venv || missing+=(python3-venv)
+  # The tests for 64-bit Arm: a cross compiler, and an emulator for what it builds.
+  command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu)
+  command -v qemu-aarch64 >/dev/null || missing+=(qemu-user)
   ((${#missing[@]})) || return 0
 
   say "installing system packages: ${missing[*]}"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every test: style, the C++ tests, those again under sanitizers, and the Python tests.
+# Every test: style, the C++ tests, those again under sanitizers and for 64-bit Arm, and the Python
+# tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/common.sh
@@ -21,6 +22,13 @@ say "C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 configure_and_build build/asan "" -DFA_SANITIZE=address,undefined -DFA_BUILD_TOOLS=OFF \
   -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
 ctest --test-dir build/asan --output-on-failure --parallel "$CMAKE_BUILD_PARALLEL_LEVEL"
+
+say "C++ tests for 64-bit Arm, emulated"
+if [[ $(uname -m) != aarch64 ]]; then
+  configure_and_build build/aarch64 "" --toolchain cmake/aarch64-linux-gnu.cmake \
+    -DFA_BUILD_TOOLS=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1
+  ctest --test-dir build/aarch64 --output-on-failure --parallel "$CMAKE_BUILD_PARALLEL_LEVEL"
+fi
 
 say "Python tests"
 .venv/bin/python -m pytest -q

@@ -5,6 +5,10 @@
 // tiles are; SVE machines run the NEON code. SSSE3 and AVX3_DL add nothing to SSE4 and AVX3 here.
 #pragma once
 
-#define HWY_DISABLED_TARGETS \
-  (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV | HWY_SSSE3 | HWY_AVX3_DL)
+#define FA_SIZELESS_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+#if defined(FA_EVERY_TARGET)  // a test compiles those that add nothing too
+#define HWY_DISABLED_TARGETS FA_SIZELESS_TARGETS
+#else
+#define HWY_DISABLED_TARGETS (FA_SIZELESS_TARGETS | HWY_SSSE3 | HWY_AVX3_DL)
+#endif
 #define HWY_COMPILE_ALL_ATTAINABLE

@@ -33,9 +33,10 @@ inline constexpr int64_t kLanes = HWY_MIN(16, HWY_LANES(float));
 
 inline constexpr float kMinusInfinity = -__builtin_inff();
 
-// max(low, x), NaN where x is: Highway's Max leaves that to the instruction set.
+// max(low, x), NaN where x is: Highway's Max leaves that to the instruction set, and only x86's
+// takes the second operand.
 HWY_INLINE Float at_least(float low, Float x) {
-#if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128
+#if !HWY_ARCH_X86 || HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128
   return hn::IfThenElse(hn::Lt(x, hn::Set(kFloats, low)), hn::Set(kFloats, low), x);
 #else
   return hn::Max(hn::Set(kFloats, low), x);

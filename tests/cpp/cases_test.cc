@@ -33,7 +33,11 @@ namespace {
 using core::DataType;
 
 // Instrumented, cases take ten times as long: then the quick ones, in which every option occurs.
-#if defined(__SANITIZE_ADDRESS__)
+// Emulated, a hundred times.
+#if defined(FA_EMULATED)
+constexpr uint64_t kRandomCases = 4;
+constexpr int64_t kMaxCost = kQuickCost / 8;
+#elif defined(FA_INSTRUMENTED)
 constexpr uint64_t kRandomCases = 40;
 constexpr int64_t kMaxCost = kQuickCost;
 #else
