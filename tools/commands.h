@@ -6,5 +6,6 @@ namespace fa::tools {
 int run_info(int argc, char** argv);
 int run_explain(int argc, char** argv);
 int run_check(int argc, char** argv);
+int run_bench(int argc, char** argv);
 
 }  // namespace fa::tools

@@ -18,6 +18,7 @@ constexpr Command kCommands[] = {
     {"info", fa::tools::run_info, "the processor, the implementations and the threads"},
     {"explain", fa::tools::run_explain, "which implementation would run a problem, and why"},
     {"check", fa::tools::run_check, "the accuracy of every implementation against the fp64 oracle"},
+    {"bench", fa::tools::run_bench, "speed beside PyTorch's, and the share of what is possible"},
 };
 
 void print_usage(std::FILE* to) {
