@@ -38,17 +38,23 @@ struct AttentionCall {
   int64_t panel;             // lanes per panel on the instruction set that runs
   int64_t tile_keys;         // keys of one tile there
   const PairKernels* pairs;  // of that instruction set, or null
-  bool packs_group;          // a panel holds the queries of all heads of a group
+  bool may_pack;             // whether panels may hold the queries of all heads of a group
   semantics::DropoutKey dropout_key;
   semantics::Word dropout_threshold;
   // The number of the first panel of each batch, all panels of the call counted.
   std::vector<int64_t> first_panel;
 
+  // Whether one panel holds the queries of all heads of a group. A sequence's own length decides,
+  // so that its results do not depend on its company.
+  bool packs_group(const core::Sequence& sequence) const {
+    return may_pack && group > 1 && sequence.seqlen_q > 0 && sequence.seqlen_q * group <= panel;
+  }
+
   // Unpacked, panel p of a key head covers queries of head kv_head * group + p % group, so that
   // neighbours read the same keys.
   int64_t panels_per_head_kv(const core::Sequence& sequence) const {
     if (sequence.seqlen_q == 0) return 0;
-    return packs_group ? 1 : (sequence.seqlen_q + panel - 1) / panel * group;
+    return packs_group(sequence) ? 1 : (sequence.seqlen_q + panel - 1) / panel * group;
   }
 };
 
@@ -60,6 +66,7 @@ struct ForwardTask {
   int64_t num_panels;
   int64_t split;
   double cost;               // query-key pairs, to start the heaviest first
+  bool few_queries = false;  // at most kFewQueries in a panel
   int32_t num_heads_kv = 1;  // from head_kv on; more only where queries are few
 };
 
@@ -100,7 +107,6 @@ using ForwardKernel = void (*)(const ForwardCall& call, const ForwardTask& task,
 
 struct ForwardKernels {
   ForwardKernel attend;        // one split of the keys, or all
-  ForwardKernel attend_few;    // the same for panels of at most kFewQueries
   ForwardKernel combine;       // the splits; not called where there is one
   ForwardKernel update_cache;  // before all else, where there is something to append
 };

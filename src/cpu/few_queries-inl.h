@@ -120,8 +120,13 @@ class FewQueriesRun {
   const char* v_rows_[kMaxRows];
 };
 
-void forward_attend_few(const ForwardCall& call, const ForwardTask& task, float* scratch) {
-  FewQueriesRun(call, task, scratch).run();
+template <class Products>
+void forward_attend(const ForwardCall& call, const ForwardTask& task, float* scratch) {
+  if (task.few_queries) {
+    FewQueriesRun(call, task, scratch).run();
+  } else {
+    ForwardTaskRun<Products>(call, task, scratch).run();
+  }
 }
 
 }  // namespace HWY_NAMESPACE

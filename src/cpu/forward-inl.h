@@ -282,11 +282,6 @@ class ForwardTaskRun {
   ForwardPanel panels_[kMaxPanels];
 };
 
-template <class Products>
-void forward_attend(const ForwardCall& call, const ForwardTask& task, float* scratch) {
-  ForwardTaskRun<Products>(call, task, scratch).run();
-}
-
 // Whatever the products, the parts to combine are rows of fp32.
 void forward_combine(const ForwardCall& call, const ForwardTask& task, float* scratch) {
   ForwardTaskRun<FloatProducts>(call, task, scratch).combine();

@@ -16,14 +16,14 @@ namespace fa::cpu {
 template <>
 ForwardKernels forward_kernels<HWY_TARGET>() {
   using namespace HWY_NAMESPACE;
-  return {forward_attend<FloatProducts>, forward_attend_few, forward_combine, update_cache};
+  return {forward_attend<FloatProducts>, forward_combine, update_cache};
 }
 
 template <>
 ForwardKernels pair_forward_kernels<HWY_TARGET>() {
 #if HWY_TARGET == HWY_AVX3
   using namespace HWY_NAMESPACE;
-  return {forward_attend<PairProducts>, forward_attend_few, forward_combine, update_cache};
+  return {forward_attend<PairProducts>, forward_combine, update_cache};
 #else
   return {};
 #endif

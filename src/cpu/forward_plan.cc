@@ -24,8 +24,8 @@ constexpr int64_t kMinKeysPerSplit = 512;
 // How a call is cut. Follows from the problem and the longest sequences, so that a max_seqlen that
 // is larger than needed changes nothing.
 struct Cut {
-  bool packs_group;         // the queries of a whole group of heads fit into one panel
-  bool few;                 // and are few
+  bool packs_group;         // in all sequences, the queries of a group of heads fit into one panel
+  bool few;                 // in all sequences, they are few
   int64_t panels_per_task;  // as many as keep their state within a core's L2 cache
   int64_t num_splits;
 
@@ -148,7 +148,7 @@ class ForwardPlan final : public core::Plan {
     const Cut cut = actual_cut(args, problem_, set_);
     const SharedLayout layout(problem_, set_.panel, cut);
     const ForwardCall call{
-        make_call(args, problem_, set_, cut.packs_group),
+        make_call(args, problem_, set_, true),
         cut.num_splits,
         {shared + layout.o, shared + layout.running_max, shared + layout.running_sum},
         problem_.rotary_dim > 0 ? rotated_queries(args.q, shared + layout.q) : args.q};
@@ -167,7 +167,7 @@ class ForwardPlan final : public core::Plan {
                          });
     };
     if (problem_.appends) run_all(update_tasks(), set_.forward.update_cache);
-    run_all(attend_tasks(call, cut), cut.few ? set_.forward.attend_few : set_.forward.attend);
+    run_all(attend_tasks(call, cut), set_.forward.attend);
     if (cut.num_splits > 1) run_all(combine_tasks(call, cut), set_.forward.combine);
     return {};
   }
@@ -203,8 +203,9 @@ class ForwardPlan final : public core::Plan {
 
   std::vector<ForwardTask> attend_tasks(const ForwardCall& call, const Cut& cut) const {
     std::vector<ForwardTask> tasks;
-    const int32_t together = cut.few ? heads_together(call.args.k) : 1;
     for_each_block(call, cut, [&](ForwardTask task, const core::Sequence& sequence) {
+      task.few_queries = few_queries(problem_, sequence.seqlen_q);
+      const int32_t together = task.few_queries ? heads_together(call.args.k) : 1;
       if (task.head_kv % together != 0) return;
       task.num_heads_kv =
           static_cast<int32_t>(std::min<int64_t>(together, problem_.num_heads_kv - task.head_kv));
@@ -256,10 +257,12 @@ class ForwardPlan final : public core::Plan {
     const auto visible = [&](int64_t query) {
       return semantics::visible_keys(query, sequence.seqlen_q, sequence.seqlen_k, problem_.band);
     };
-    const int64_t first = call.packs_group ? 0 : task.first_panel / call.group * call.panel;
+    const int64_t first =
+        call.packs_group(sequence) ? 0 : task.first_panel / call.group * call.panel;
     const int64_t end =
-        call.packs_group ? sequence.seqlen_q
-                         : ((task.first_panel + task.num_panels - 1) / call.group + 1) * call.panel;
+        call.packs_group(sequence)
+            ? sequence.seqlen_q
+            : ((task.first_panel + task.num_panels - 1) / call.group + 1) * call.panel;
     const int64_t last = std::min(end, sequence.seqlen_q) - 1;
     const int64_t keys = std::max<int64_t>(visible(last).end - visible(first).begin, 0);
     return static_cast<double>(task.num_panels * call.panel) * static_cast<double>(keys);
@@ -274,7 +277,7 @@ class ForwardPlan final : public core::Plan {
 }  // namespace
 
 AttentionCall make_call(const AttentionArgs& args, const AttentionProblem& problem,
-                        const InstructionSet& set, bool packs_group) {
+                        const InstructionSet& set, bool may_pack) {
   AttentionCall call{
       .args = args,
       .problem = problem,
@@ -283,7 +286,7 @@ AttentionCall make_call(const AttentionArgs& args, const AttentionProblem& probl
       .panel = set.panel,
       .tile_keys = set.tile_keys,
       .pairs = set.pairs,
-      .packs_group = packs_group,
+      .may_pack = may_pack,
       .dropout_key = semantics::dropout_key(args.dropout_seed, args.dropout_offset),
       .dropout_threshold = semantics::dropout_threshold(args.dropout_p),
       .first_panel = {}};

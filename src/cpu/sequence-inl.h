@@ -39,7 +39,7 @@ class SequenceRun {
 
   // Panel `index` of the key head: all its query heads at once, or they take turns.
   HWY_INLINE QueryPanel panel(int64_t index) const {
-    if (call_.packs_group) {
+    if (call_.packs_group(sequence_)) {
       const int64_t count = sequence_.seqlen_q;
       return {head_kv_ * call_.group,
               0,
