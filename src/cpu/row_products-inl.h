@@ -141,7 +141,6 @@ class RowProducts {
     float* HWY_RESTRICT s = scores_of(lane);
     const int64_t count = keys.end - keys.begin;
     const semantics::Range visible = run_.visible_keys(panel.query(lane));
-    std::fill(s + count, s + round_up(count, kLanes), kMinusInfinity);
     if (problem.softcap) {
       const Float cap =
           hn::Set(kFloats, static_cast<float>(call_.args.softcap * semantics::kLog2e));
@@ -162,8 +161,8 @@ class RowProducts {
       });
     }
     std::fill(s, s + std::clamp<int64_t>(visible.begin - keys.begin, 0, count), kMinusInfinity);
-    std::fill(s + std::clamp<int64_t>(visible.end - keys.begin, 0, count), s + count,
-              kMinusInfinity);
+    std::fill(s + std::clamp<int64_t>(visible.end - keys.begin, 0, count),
+              s + round_up(count, kLanes), kMinusInfinity);
 
     const float old_max = panel.started ? panel.running_max[lane] : kMinusInfinity;
     Float maximum = hn::Set(kFloats, old_max);

@@ -35,6 +35,16 @@ def chosen(q: Any, k: Any, v: Any, **options: Any) -> str:
     return ""
 
 
+def served() -> list[tuple[str, torch.dtype]]:
+    """Those implementations, each with the dtypes that it takes."""
+    return [
+        (name, dtype)
+        for name in available()
+        for dtype in DTYPES
+        if chosen(*tensors(dtype=dtype), backend=name) == name
+    ]
+
+
 def tensors(
     batch: int = 2,
     seqlen_q: int = 65,

@@ -9,10 +9,10 @@ from support import (
     DTYPES,
     OUT_BOUND,
     assert_close,
-    available,
     check_dense,
     offsets,
     same_bits,
+    served,
     tensors,
     varlen_tensors,
 )
@@ -76,15 +76,15 @@ def test_philox_known_answers():
         assert [int(word[0]) for word in philox_4x32_10(counter, key)] == expected
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name,dtype", served(), ids=str)
 @pytest.mark.parametrize("dropout_p", [1e-30, 0.17, 0.5, 0.9])
-def test_the_mask_is_philox_of_the_seed(name, dropout_p, monkeypatch):
+def test_the_mask_is_philox_of_the_seed(name, dtype, dropout_p, monkeypatch):
     monkeypatch.setenv("FLASH_ATTENTION_BACKEND", name)
-    q, k, v = tensors(2, 37, 141, num_heads=3, num_heads_kv=3)
+    q, k, v = tensors(2, 37, 141, num_heads=3, num_heads_kv=3, dtype=dtype)
     seed = seed_of_next_call(1234)
     _, _, s_dmask = flash_attn_func(q, k, v, dropout_p, return_attn_probs=True)
     assert s_dmask.shape == (2, 3, 128, 256) and s_dmask.dtype == q.dtype
-    dropped = np.signbit(s_dmask[:, :, :37, :141].numpy())
+    dropped = np.signbit(s_dmask[:, :, :37, :141].float().numpy())
     assert np.array_equal(~dropped, kept(dropout_p, seed, 0, 2, 3, 37, 141))
 
 

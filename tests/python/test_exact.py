@@ -8,15 +8,14 @@ import time
 
 import pytest
 import torch
-from support import DTYPES, available, offsets, same_bits, tensors, varlen_tensors
+from support import DTYPES, offsets, same_bits, served, tensors, varlen_tensors
 
 from flash_attn import _native, dlpack, flash_attn_func, flash_attn_varlen_func
 
 THREADS = [1, 2, 3, 7]
 
 
-@pytest.mark.parametrize("name", available())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name,dtype", served(), ids=str)
 def test_masked_keys_do_not_leak(name, dtype, monkeypatch):
     monkeypatch.setenv("FLASH_ATTENTION_BACKEND", name)
     q, k, v = tensors(seqlen_q=90, seqlen_k=150, dtype=dtype)
@@ -30,8 +29,7 @@ def test_masked_keys_do_not_leak(name, dtype, monkeypatch):
     assert same_bits(out, expected) and same_bits(lse, expected_lse)
 
 
-@pytest.mark.parametrize("name", available())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name,dtype", served(), ids=str)
 def test_later_keys_do_not_leak_into_earlier_rows(name, dtype, monkeypatch):
     monkeypatch.setenv("FLASH_ATTENTION_BACKEND", name)
     q, k, v = tensors(seqlen_q=130, seqlen_k=130, dtype=dtype)
@@ -44,8 +42,7 @@ def test_later_keys_do_not_leak_into_earlier_rows(name, dtype, monkeypatch):
         assert same_bits(out[:, :first], expected[:, :first])
 
 
-@pytest.mark.parametrize("name", available())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name,dtype", served(), ids=str)
 def test_nan_past_a_sequence_is_never_read(name, dtype, monkeypatch):
     monkeypatch.setenv("FLASH_ATTENTION_BACKEND", name)
     lengths_q, lengths_k, used = [40, 33], [100, 70], [61, 0]

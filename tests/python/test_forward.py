@@ -8,12 +8,12 @@ import pytest
 import torch
 from support import (
     DTYPES,
-    available,
     check_dense,
     check_varlen,
     chosen,
     offsets,
     same_bits,
+    served,
     tensors,
     varlen_tensors,
 )
@@ -58,8 +58,7 @@ def test_dense_meets_the_oracle(options, dtype):
     check_dense(*tensors(dtype=dtype), **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name,dtype", served(), ids=str)
 def test_a_forced_implementation_runs_and_meets_the_oracle(name, dtype, monkeypatch):
     monkeypatch.setenv("FLASH_ATTENTION_BACKEND", name)
     q, k, v = tensors(dtype=dtype, head_dim=72, head_dim_v=40)
