@@ -218,8 +218,8 @@ BackwardScratch BackwardScratch::layout(const AttentionProblem& problem, int64_t
                                         bool pairs) {
   BackwardScratch layout{};
   Booking book;
-  const int64_t k_row = round_up(problem.head_dim, kMaxLanes);
-  const int64_t v_row = round_up(problem.head_dim_v, kMaxLanes);
+  const int64_t k_row = padded_row(problem.head_dim);
+  const int64_t v_row = padded_row(problem.head_dim_v);
   layout.q = book.take(kMaxPanel * k_row);
   layout.dout = book.take(kMaxPanel * v_row);
   layout.k = book.take(tile_keys * k_row);

@@ -30,6 +30,12 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// Floats between rows of n: rows that are a power of two apart would share few sets of an L1 cache.
+constexpr int64_t padded_row(int64_t n) {
+  const int64_t row = round_up(n, kMaxLanes);
+  return row % 128 == 0 ? row + kMaxLanes : row;
+}
+
 struct AttentionCall {
   const core::AttentionArgs& args;
   const core::AttentionProblem& problem;

@@ -325,8 +325,8 @@ ForwardScratch ForwardScratch::layout(const AttentionProblem& problem, int64_t m
   layout.o = book.take(max_panels * kMaxPanel * v_row);
   layout.running_max = book.take(max_panels * kMaxPanel);
   layout.running_sum = book.take(max_panels * kMaxPanel);
-  layout.k = book.take(tile_keys * k_row);
-  layout.v = book.take(tile_keys * v_row);
+  layout.k = book.take(tile_keys * padded_row(problem.head_dim));
+  layout.v = book.take(tile_keys * padded_row(problem.head_dim_v));
   layout.scores = book.take(tile_keys * kMaxPanel);
   layout.rows = book.take(kMaxPanel * v_row);
   layout.total = book.total();

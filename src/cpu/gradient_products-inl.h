@@ -33,8 +33,8 @@ class FloatGradientProducts {
                         const BackwardScratch& layout, float* scratch)
       : call_(call),
         run_(run),
-        k_row_(round_up(call.problem.head_dim, kMaxLanes)),
-        v_row_(round_up(call.problem.head_dim_v, kMaxLanes)),
+        k_row_(padded_row(call.problem.head_dim)),
+        v_row_(padded_row(call.problem.head_dim_v)),
         q_(scratch + layout.q),
         dout_(scratch + layout.dout),
         k_(scratch + layout.k),
@@ -87,7 +87,7 @@ class FloatGradientProducts {
     key_product(p_, dout_, v_row_, v_vectors, tile.begin, tile.end, queries_of, dv_);
     key_product(ds_, q_, k_row_, k_vectors, tile.begin, tile.end, queries_of, dk_);
     value_product(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile), true,
-                  panel.dq);
+                  panel.dq, round_up(call_.problem.head_dim, kMaxLanes));
   }
 
   HWY_INLINE void finish_tile() const {}

@@ -31,6 +31,7 @@ inline constexpr int kValueVectors = 2;
 
 // Queries of a panel: whole register tiles both ways.
 inline constexpr int64_t kPanel = kValueRows == 6 ? 48 : 64;
+inline constexpr int64_t kStripLanes = kScoreVectors * kLanes;  // of them, in one register tile
 static_assert(kPanel <= kMaxPanel && kPanel % kValueRows == 0);
 static_assert(kPanel % (kLanes * kScoreVectors) == 0);
 static_assert(kTileKeys % kScoreRows == 0 && kTileKeys % semantics::kKeysPerDraw == 0);
@@ -84,8 +85,9 @@ HWY_INLINE void for_each_strip(int64_t num_vectors, Body&& body) {
 }
 
 // S^T[key][query] = sum_d K[key][d] Q^T[d][query], for whole register tiles of keys.
-// q: [depth][kPanel], k: [keys][k_row], scores: [keys][kPanel]. keys_of(first, last) gives the keys
-// that matter to the queries in [first, last); those of other keys stay undefined.
+// q: [kPanel / kStripLanes][depth][kStripLanes], k: [keys][k_row], scores: [keys][kPanel].
+// keys_of(first, last) gives the keys that matter to the queries in [first, last); those of other
+// keys stay undefined.
 template <class KeysOf>
 HWY_INLINE void score_product(const float* HWY_RESTRICT q, int64_t query_vectors,
                               const float* HWY_RESTRICT k, int64_t k_row, int64_t depth,
@@ -93,31 +95,33 @@ HWY_INLINE void score_product(const float* HWY_RESTRICT q, int64_t query_vectors
   for_each_strip<kScoreVectors>(query_vectors, [&](int64_t v, auto width) HWY_ATTR {
     const semantics::Range keys = keys_of(v * kLanes, (v + width()) * kLanes);
     for (int64_t key = keys.begin / kScoreRows * kScoreRows; key < keys.end; key += kScoreRows) {
-      multiply_tile<kScoreRows, width(), false>(k + key * k_row, k_row, 1, q + v * kLanes, kPanel,
-                                                depth, scores + key * kPanel + v * kLanes, kPanel);
+      multiply_tile<kScoreRows, width(), false>(k + key * k_row, k_row, 1, q + v * kLanes * depth,
+                                                kStripLanes, depth,
+                                                scores + key * kPanel + v * kLanes, kPanel);
     }
   });
 }
 
 // O[query][dv] += sum over keys of P^T[key][query] V[key][dv]; = where o holds nothing yet.
-// p: [keys][kPanel], v: [keys][v_row], o: [queries][v_row]. keys_of as above; the rest of P is 0.
+// p: [keys][kPanel], v: [keys][v_row], o: [queries][o_row]. keys_of as above; the rest of P is 0.
 template <class KeysOf>
 HWY_INLINE void value_product(const float* HWY_RESTRICT p, int64_t num_queries,
                               const float* HWY_RESTRICT v, int64_t v_row, int64_t value_vectors,
-                              KeysOf&& keys_of, bool accumulate, float* HWY_RESTRICT o) {
+                              KeysOf&& keys_of, bool accumulate, float* HWY_RESTRICT o,
+                              int64_t o_row) {
   for_each_strip<kValueVectors>(value_vectors, [&](int64_t w, auto width) HWY_ATTR {
     for (int64_t query = 0; query < num_queries; query += kValueRows) {
       const semantics::Range keys = keys_of(query, query + kValueRows);
       const int64_t n = keys.empty() ? 0 : keys.end - keys.begin;
       const float* first_p = p + keys.begin * kPanel + query;
       const float* first_v = v + keys.begin * v_row + w * kLanes;
-      float* first_o = o + query * v_row + w * kLanes;
+      float* first_o = o + query * o_row + w * kLanes;
       if (!accumulate) {
         multiply_tile<kValueRows, width(), false>(first_p, 1, kPanel, first_v, v_row, n, first_o,
-                                                  v_row);
+                                                  o_row);
       } else if (n > 0) {
         multiply_tile<kValueRows, width(), true>(first_p, 1, kPanel, first_v, v_row, n, first_o,
-                                                 v_row);
+                                                 o_row);
       }
     }
   });

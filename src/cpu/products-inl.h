@@ -24,8 +24,9 @@ class FloatProducts {
                 float* scratch)
       : call_(call),
         run_(run),
-        k_row_(round_up(call.problem.head_dim, kMaxLanes)),
-        v_row_(round_up(call.problem.head_dim_v, kMaxLanes)),
+        k_row_(padded_row(call.problem.head_dim)),
+        v_row_(padded_row(call.problem.head_dim_v)),
+        o_row_(round_up(call.problem.head_dim_v, kMaxLanes)),
         k_(scratch + layout.k),
         v_(scratch + layout.v),
         scores_(scratch + layout.scores) {}
@@ -54,8 +55,8 @@ class FloatProducts {
     for (int64_t lane = 0; lane < panel.num_lanes; ++lane) {
       if (correction[lane] == 1.0f) continue;
       const Float factor = hn::Set(kFloats, correction[lane]);
-      float* HWY_RESTRICT o = panel.o + lane * v_row_;
-      for (int64_t d = 0; d < v_row_; d += kLanes) {
+      float* HWY_RESTRICT o = panel.o + lane * o_row_;
+      for (int64_t d = 0; d < o_row_; d += kLanes) {
         hn::Store(hn::Mul(hn::Load(kFloats, o + d), factor), kFloats, o + d);
       }
     }
@@ -65,7 +66,7 @@ class FloatProducts {
   HWY_INLINE void values(const ForwardPanel& panel, const ScoreTile& tile) const {
     const int64_t vectors = (call_.problem.head_dim_v + kLanes - 1) / kLanes;
     value_product(tile.scores, panel.num_lanes, v_, v_row_, vectors, run_.keys_of(panel, tile),
-                  panel.started, panel.o);
+                  panel.started, panel.o, o_row_);
   }
 
  private:
@@ -73,6 +74,7 @@ class FloatProducts {
   const SequenceRun& run_;
   const int64_t k_row_;
   const int64_t v_row_;
+  const int64_t o_row_;
   float* const k_;       // [tile_keys][k_row]
   float* const v_;       // [tile_keys][v_row]
   float* const scores_;  // [tile_keys][kPanel]

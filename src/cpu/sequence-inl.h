@@ -141,8 +141,8 @@ class SequenceRun {
     }
   }
 
-  // to = (rows of the panel * factor)^T: [n][kPanel]; lanes that only fill up the panel are zero.
-  // buffer: 4 rows of n floats, each rounded up to a vector.
+  // to = (rows of the panel * factor)^T: [kPanel / kStripLanes][n][kStripLanes]; lanes that only
+  // fill up the panel are zero. buffer: 4 rows of n floats, each rounded up to a vector.
   HWY_INLINE void load_transposed(const core::TensorView& from, const QueryPanel& panel,
                                   float factor, float* HWY_RESTRICT buffer,
                                   float* HWY_RESTRICT to) const {
@@ -157,7 +157,17 @@ class SequenceRun {
           std::fill_n(buffer + i * row, n, 0.0f);
         }
       }
-      transpose_4_rows(buffer, row, n, factor, to + lane, kPanel);
+      const auto strip_of = [&](int64_t at) HWY_ATTR {
+        return to + at / kStripLanes * kStripLanes * n + at % kStripLanes;
+      };
+      if constexpr (kStripLanes % 4 == 0) {
+        transpose_4_rows(buffer, row, n, factor, strip_of(lane), kStripLanes);
+      } else {
+        for (int64_t i = 0; i < 4; ++i) {
+          float* HWY_RESTRICT column = strip_of(lane + i);
+          for (int64_t d = 0; d < n; ++d) column[d * kStripLanes] = buffer[i * row + d] * factor;
+        }
+      }
     }
   }
 
