@@ -35,6 +35,7 @@ STANDARD = frozenset(_STANDARD_NAMES.split())
 OPERATING_SYSTEM = (
     "asm/",
     "dlfcn.h",
+    "fcntl.h",
     "immintrin.h",
     "link.h",
     "linux/",
@@ -74,6 +75,9 @@ RULES = (
             "flash_attn/",
             "tools/",
             "core/environment.h",
+            "cuda/kernel_cache.h",
+            "cuda/kernel_id.h",
+            "cuda/precompile.h",
             "tests/cases.h",
             "tests/case_runner.h",
         ),

@@ -39,6 +39,11 @@ void print_environment() {
   std::printf("  FLASH_ATTENTION_NUM_THREADS  %s\n",
               wanted == 0 ? "not set, nor OMP_NUM_THREADS: every processor of the process"
                           : (std::to_string(wanted) + " (or from OMP_NUM_THREADS)").c_str());
+  const std::string nvrtc = environment::nvrtc_path();
+  std::printf("  FLASH_ATTENTION_NVRTC        %s\n",
+              nvrtc.empty() ? "not set: NVRTC is searched for" : nvrtc.c_str());
+  std::printf("  FLASH_ATTENTION_CACHE_DIR    kernels are kept in %s\n",
+              environment::cache_folder().c_str());
   std::printf("  FLASH_ATTENTION_VERBOSE      %s\n",
               environment::verbose_dispatch() ? "dispatch: decisions go to standard error"
                                               : "without 'dispatch'");

@@ -19,6 +19,8 @@ constexpr Command kCommands[] = {
     {"explain", fa::tools::run_explain, "which implementation would run a problem, and why"},
     {"check", fa::tools::run_check, "the accuracy of every implementation against the fp64 oracle"},
     {"bench", fa::tools::run_bench, "speed beside PyTorch's, and the share of what is possible"},
+    {"cache", fa::tools::run_cache,
+     "the compiled kernels for NVIDIA GPUs: show, clear, compile ahead"},
 };
 
 void print_usage(std::FILE* to) {

@@ -206,6 +206,10 @@ FA_API void fa_use_thread_count(int32_t (*count)(void));
  *   "memory_read"  reads of more memory than the caches hold; bytes/s
  * FA_UNSUPPORTED where the machine or the build lacks the kind. */
 FA_API fa_status fa_measure_ceiling(const char* kind, int32_t num_threads, double* per_second);
+/* Names a folder that NVIDIA's run-time compiler (libnvrtc) may lie in, beside those that the
+ * system searches; folders named first are looked at first. To be called before the first CUDA
+ * call. */
+FA_API fa_status fa_add_nvrtc_folder(const char* folder);
 
 /* The calling thread's last failure; "" if there was none. Valid until its next call. */
 FA_API const char* fa_last_error_message(void);

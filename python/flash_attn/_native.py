@@ -32,6 +32,7 @@ _FUNCTIONS = (
     "use_openmp_runtime",
     "use_thread_count",
     "measure_ceiling",
+    "add_nvrtc_folder",
     "version",
 )
 # Arithmetic happens in these, and other Python threads run meanwhile.
@@ -121,6 +122,7 @@ num_threads = _on_first_call("num_threads")
 use_openmp_runtime = _on_first_call("use_openmp_runtime")
 use_thread_count = _on_first_call("use_thread_count")
 measure_ceiling = _on_first_call("measure_ceiling")
+add_nvrtc_folder = _on_first_call("add_nvrtc_folder")
 version = _on_first_call("version")
 
 
@@ -143,6 +145,8 @@ def load() -> None:
         globals().update(functions)
         _module = module
         share_threads_with_torch()
+        for folder in _nvrtc_folders():
+            add_nvrtc_folder(folder)
     if _environment.wants_flaggems():
         warnings.warn(
             "FLASH_ATTENTION_USE_FLAGGEMS: the Triton family is not in this version of"
@@ -150,6 +154,13 @@ def load() -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _nvrtc_folders() -> list[str]:
+    """Where NVIDIA's wheels, on which PyTorch's depend, have put libnvrtc."""
+    homes = dict.fromkeys(Path(entry, "nvidia") for entry in sys.path)
+    found = [path.parent for home in homes for path in home.glob("*/lib/libnvrtc.so.*")]
+    return [str(folder) for folder in dict.fromkeys(found)]
 
 
 def share_threads_with_torch() -> None:

@@ -13,6 +13,7 @@
 #include "core/validate.h"
 #include "cpu/ceilings.h"
 #include "cpu/cpu.h"
+#include "cuda/nvrtc.h"
 #include "flash_attn/flash_attn.h"
 #include "reference/reference.h"
 
@@ -264,6 +265,9 @@ class Workspace {
 };
 
 Status run_plan(const core::Plan& plan, const AttentionArgs& args, void* stream_handle) {
+  if (args.q.device.type != core::DeviceType::kCpu) {
+    return plan.run(args, nullptr, {stream_handle, nullptr});
+  }
   thread_local Workspace workspace;
   const core::Stream stream{stream_handle, &cpu::default_parallel()};
   const int64_t bytes = plan.workspace_bytes(stream.parallel->num_workers());
@@ -652,6 +656,14 @@ fa_status fa_measure_ceiling(const char* kind, int32_t num_threads, double* per_
     const fa::core::Result<double> result = fa::cpu::measure_ceiling(kind, num_threads);
     if (result.ok()) *per_second = result.value();
     return result.status();
+  });
+}
+
+fa_status fa_add_nvrtc_folder(const char* folder) {
+  return guarded([&]() -> fa::core::Status {
+    if (folder == nullptr) return fa::core::invalid_argument("folder is NULL");
+    fa::cuda::add_nvrtc_folder(folder);
+    return {};
   });
 }
 

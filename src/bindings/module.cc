@@ -214,6 +214,8 @@ double measured_ceiling(const ffi::String& kind, int64_t num_threads) {
   return per_second;
 }
 
+void name_nvrtc_folder(const ffi::String& folder) { check(fa_add_nvrtc_folder(folder.c_str())); }
+
 ffi::String library_version() { return fa_version(); }
 
 // AttentionCall of a body, whose parameters after the first are Extra.
@@ -235,4 +237,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_threads, count_threads)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_openmp_runtime, adopt_openmp_runtime)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_thread_count, adopt_thread_count)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(measure_ceiling, measured_ceiling)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_nvrtc_folder, name_nvrtc_folder)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, library_version)

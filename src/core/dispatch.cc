@@ -117,7 +117,9 @@ std::vector<Candidate> explain(const AttentionProblem& problem, Device device,
     if (!plan.ok()) {
       candidates.push_back({implementation.name, Outcome::kRefused, plan.status().message()});
     } else if (!chosen) {
-      candidates.push_back({implementation.name, Outcome::kChosen, "first that accepts"});
+      const std::string what = plan.value()->describe();
+      candidates.push_back({implementation.name, Outcome::kChosen,
+                            concat("first that accepts", what.empty() ? "" : ": ", what)});
       chosen = true;
     } else {
       candidates.push_back({implementation.name, Outcome::kAccepts, "a better one comes first"});

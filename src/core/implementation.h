@@ -27,6 +27,8 @@ class Plan {
   virtual int64_t workspace_bytes(int num_workers) const = 0;
   // The args have been validated and match the problem that the plan was made for.
   virtual Status run(const AttentionArgs& args, void* workspace, const Stream& stream) const = 0;
+  // What runs, for people: "" where the implementation's name says it all.
+  virtual std::string describe() const { return {}; }
 };
 
 using PlanPtr = std::shared_ptr<const Plan>;

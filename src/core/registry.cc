@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "reference/reference.h"
 
 namespace fa::core {
@@ -13,7 +14,9 @@ std::span<const Implementation> implementations(DeviceType device_type) {
     list.push_back(reference::implementation());
     return list;
   }();
+  static const std::vector<Implementation> cuda_list = cuda::implementations();
   if (device_type == DeviceType::kCpu) return cpu_list;
+  if (device_type == DeviceType::kCuda) return cuda_list;
   return {};
 }
 

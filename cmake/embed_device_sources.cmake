@@ -1,0 +1,15 @@
+# Writes OUTPUT, which defines fa::cuda::device_sources(): the files FILES, named from folder ROOT.
+set(text "// Written by cmake/embed_device_sources.cmake.\n#include \"cuda/device_sources.h\"\n\n")
+string(APPEND text "namespace fa::cuda {\n\nstd::span<const DeviceSource> device_sources() {\n")
+string(APPEND text "  static constexpr DeviceSource kSources[] = {\n")
+foreach(file ${FILES})
+  file(RELATIVE_PATH name "${ROOT}" "${file}")
+  file(READ "${file}" content)
+  # Lines as literals of their own: compilers limit the length of one.
+  string(REPLACE "\\" "\\\\" content "${content}")
+  string(REPLACE "\"" "\\\"" content "${content}")
+  string(REPLACE "\n" "\\n\"\n       \"" content "${content}")
+  string(APPEND text "      {\"${name}\",\n       \"${content}\"},\n")
+endforeach()
+string(APPEND text "  };\n  return kSources;\n}\n\n}  // namespace fa::cuda\n")
+file(WRITE "${OUTPUT}" "${text}")

@@ -1,0 +1,103 @@
+// What varies from launch to launch, by what it belongs to. Shared by host and device code; only
+// fixed-size fields in an order that every compiler lays out alike.
+#pragma once
+
+#include "core/semantics.h"
+
+namespace fa::cuda {
+
+using semantics::Index;
+
+// Element (batch, row, head, d) lies at data[batch * batch_stride + row * row_stride +
+// head * head_stride + d], strides in elements. Pages: `batch` is the page.
+struct TensorArgs {
+  void* data;
+  Index batch_stride;
+  Index row_stride;
+  Index head_stride;
+};
+
+struct ShapeArgs {
+  int batch;
+  int num_heads;
+  int heads_per_kv;
+  int seqlen_q;    // varlen: the longest
+  int seqlen_k;    // varlen: the longest
+  int head_dim;    // as given, not padded
+  int head_dim_v;  // as given, not padded
+  int band_left;   // -1: no bound
+  int band_right;  // -1: no bound
+};
+
+// Where each sequence lies; null pointers: dense.
+struct SequenceArgs {
+  const int* cu_seqlens_q;
+  const int* cu_seqlens_k;
+  const int* seqused_k;
+  int total_q;
+  int total_k;  // varlen without pages
+};
+
+struct PageArgs {
+  const int* block_table;  // null: not paged
+  Index table_stride;
+  int page_size;
+  int num_pages;
+  int max_pages;  // of one sequence
+  int padding;
+};
+
+enum class BiasElement : int { kNone, kOwn, kFloat32, kBoolean };
+
+struct ScoreArgs {
+  float scale;         // kPlain, kGeneral: softmax_scale; kSoftcap: softmax_scale / softcap
+  float scale_log2;    // of a score inside 2^x: log2(e) times softmax_scale (kPlain), softcap
+                       // (kSoftcap) or 1 (kGeneral)
+  float softcap;       // kGeneral; 0: none
+  int bias_is_vector;  // neighbouring keys are neighbouring elements
+  const float* alibi_slopes;
+  Index alibi_batch_stride;
+  const void* bias;
+  Index bias_batch_stride, bias_head_stride, bias_row_stride, bias_key_stride;
+  const void* sink;  // [num_heads]
+  BiasElement bias_element;
+  BiasElement sink_element;  // kNone, kOwn or kFloat32
+};
+
+struct DropoutArgs {
+  semantics::DropoutKey key;
+  semantics::Word threshold;  // 0: no dropout
+  float keep_scale;           // 1 / (1 - p)
+  int padding;
+};
+
+// Which block computes what: blocks of `heads_per_group` heads of one batch entry take their tiles
+// in turn, so that these heads' keys share the L2 cache, the longest tiles first.
+struct ScheduleArgs {
+  int num_tiles_m;  // of the longest sequence
+  int heads_per_group;
+};
+
+struct ForwardArgs {
+  TensorArgs q, k, v, out;
+  float* lse;  // null: not wanted
+  Index lse_batch_stride, lse_head_stride, lse_row_stride;
+  ShapeArgs shape;
+  ScheduleArgs schedule;
+  int padding;
+  SequenceArgs sequences;
+  PageArgs pages;
+  ScoreArgs score;
+  DropoutArgs dropout;
+};
+
+// S_dmask: element (batch, head, row, key) lies at data[batch * batch_stride + head * head_stride +
+// row * row_stride + key].
+struct SDmaskArgs {
+  void* data;
+  Index batch_stride, head_stride, row_stride;
+  int rows;
+  int keys;
+};
+
+}  // namespace fa::cuda

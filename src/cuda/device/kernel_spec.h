@@ -1,0 +1,44 @@
+// What is baked into a forward kernel: the template argument it is compiled for. Shared by host and
+// device code.
+#pragma once
+
+namespace fa::cuda {
+
+enum class Element : int { kFloat16, kBFloat16, kFloat32 };
+
+// How scores are made of q k^T. kPlain: scaled, inside the exponential. kSoftcap: also capped.
+// kGeneral: scale, softcap, ALiBi and attn_bias, each where the arguments say so.
+enum class Score : int { kPlain, kSoftcap, kGeneral };
+
+// How rows of q, k, v and out are moved. kVector: 16 bytes at a time, rows at a constant stride.
+// kPagedVector: the same with k and v behind a page table. kElement: any alignment, paged or not.
+enum class Loader : int { kVector, kPagedVector, kElement };
+
+struct KernelSpec {
+  Element element = Element::kBFloat16;
+  int head_dim = 64;    // padded: a multiple of 32
+  int head_dim_v = 64;  // padded: a multiple of 32, at most head_dim
+  int tile_m = 128;     // queries of a block
+  int tile_n = 64;      // keys of a step
+  int num_warps = 4;
+  Score score = Score::kPlain;
+  bool dropout = false;
+  Loader loader = Loader::kVector;
+
+  constexpr bool operator==(const KernelSpec&) const = default;
+};
+
+// Shared memory that a launch asks for. forward_sm80: q, k and v.
+constexpr int forward_sm80_shared_bytes(const KernelSpec& spec) {
+  return 2 * ((spec.tile_m + spec.tile_n) * spec.head_dim + spec.tile_n * spec.head_dim_v);
+}
+
+// forward_fp32: q, k or v in turn, and probabilities; rows with a gap of 4 floats behind each put
+// what 8 lanes read at a time on different banks.
+inline constexpr int kFloatRowGap = 4;
+constexpr int forward_fp32_shared_bytes(const KernelSpec& spec) {
+  return 4 * ((spec.tile_m + spec.tile_n) * (spec.head_dim + kFloatRowGap) +
+              spec.tile_m * (spec.tile_n + kFloatRowGap));
+}
+
+}  // namespace fa::cuda

@@ -1,0 +1,104 @@
+// The instructions that C++ has no words for, one function each.
+#pragma once
+
+namespace fa::cuda {
+
+using Word = unsigned int;
+using SharedAddress = unsigned int;  // of the shared window, in bytes
+
+inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7F800000u);
+
+__device__ inline SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- Copies. ----
+
+// 16 bytes from global to shared memory, in the background; zeros where `valid` is false.
+__device__ inline void copy_async_16(SharedAddress to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the newest kPending groups of this thread have arrived.
+template <int kPending>
+__device__ inline void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ inline void store_shared_16(SharedAddress to, const Word (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+__device__ inline void store_shared_4(SharedAddress to, Word word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+}
+
+__device__ inline void load_shared_16(Word (&words)[4], SharedAddress from) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+
+__device__ inline void store_global_16(void* to, const Word (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// ---- Matrices of 8x8 16-bit elements, one row's address per lane. ----
+
+__device__ inline void load_matrix_x4(Word (&m)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ inline void load_matrix_x4_transposed(Word (&m)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(row)
+               : "memory");
+}
+
+// ---- Arithmetic. ----
+
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// tanh to an absolute error of 2e-7; the instruction tanh.approx is off by 5e-4.
+__device__ inline float tanh_approx(float x) {
+  constexpr float kTwoLog2e = 2.8853900817779268f;
+  return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(x * kTwoLog2e));
+}
+
+__device__ inline Word shuffle_xor(Word value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+__device__ inline float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+
+}  // namespace fa::cuda

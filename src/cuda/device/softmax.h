@@ -1,0 +1,125 @@
+// The online softmax over a warp's rows (Milakov and Gimelshein, arXiv:1805.02867), and dropout.
+#pragma once
+
+#include "cuda/device/mma.h"
+#include "cuda/device/score.h"
+
+namespace fa::cuda {
+
+// Of the rows that a lane holds: 2 per 16-row tile. `sum` is over the lane's own keys until
+// finish(); scores are in units of 1 / scale_log2 inside 2^x.
+template <int kTilesM>
+struct OnlineSoftmax {
+  float max[kTilesM][2];
+  float sum[kTilesM][2];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+      max[m][0] = max[m][1] = -kInfinity;
+      sum[m][0] = sum[m][1] = 0.0f;
+    }
+  }
+
+  // Turns scores into probabilities relative to the new maximum, and o to it as well.
+  template <int kTilesN, int kTilesO>
+  __device__ void update(Accumulator<kTilesM, kTilesN>& s, Accumulator<kTilesM, kTilesO>& o,
+                         float scale_log2) {
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float highest = max[m][half];
+#pragma unroll
+        for (int n = 0; n < kTilesN; ++n) {
+          highest = fmaxf(highest, fmaxf(s.at[m][n][2 * half], s.at[m][n][2 * half + 1]));
+        }
+        highest = fmaxf(highest, shuffle_xor(highest, 1));
+        highest = fmaxf(highest, shuffle_xor(highest, 2));
+        // A row that has seen no key yet stays at 2^-infinity.
+        const float offset = highest == -kInfinity ? 0.0f : highest * scale_log2;
+        const float rescale = exp2_approx(max[m][half] * scale_log2 - offset);
+        max[m][half] = highest;
+        float total = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            s.at[m][n][e] = exp2_approx(s.at[m][n][e] * scale_log2 - offset);
+            total += s.at[m][n][e];
+          }
+        }
+        sum[m][half] = sum[m][half] * rescale + total;
+#pragma unroll
+        for (int n = 0; n < kTilesO; ++n) {
+          o.at[m][n][2 * half] *= rescale;
+          o.at[m][n][2 * half + 1] *= rescale;
+        }
+      }
+    }
+  }
+
+  // Joins the lanes' sums and the sink. Afterwards `sum` is what o is to be multiplied by, and
+  // `max` the row's log-sum-exp, natural.
+  __device__ void finish(float scale_log2, bool has_sink, float sink) {
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float total = sum[m][half];
+        total += shuffle_xor(total, 1);
+        total += shuffle_xor(total, 2);
+        float highest = max[m][half] == -kInfinity ? -kInfinity : max[m][half] * scale_log2;
+        float factor = 1.0f;
+        if (has_sink) {
+          const float sink_log2 = sink * kLog2e;
+          const float joint = fmaxf(highest, sink_log2);
+          factor = exp2_approx(highest - joint);
+          total = total * factor + exp2_approx(sink_log2 - joint);
+          highest = joint;
+        }
+        const bool empty = !has_sink && highest == -kInfinity;
+        sum[m][half] = empty ? 0.0f : factor / total;
+        max[m][half] = empty ? kInfinity : (highest + log2_approx(total)) * kLn2;
+      }
+    }
+  }
+};
+
+// Zeroes the dropped probabilities. The four lanes that hold a row's 8 neighbouring keys need one
+// word each of one draw: each lane draws for one of four column tiles, and they exchange words.
+template <int kTilesM, int kTilesN>
+__device__ inline void apply_dropout(Accumulator<kTilesM, kTilesN>& p, const DropoutArgs& args,
+                                     Index batch_head, int first_row, int first_key, int lane) {
+  static_assert(kTilesN % 4 == 0);
+  const int quarter = lane % 4;
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + m * 16 + lane / 4 + half * 8;
+#pragma unroll
+      for (int n = 0; n < kTilesN; n += 4) {
+        const semantics::Draw draw = semantics::dropout_draw(
+            args.key, batch_head, row, first_key + (n + quarter) * semantics::kKeysPerDraw);
+#pragma unroll
+        for (int turn = 0; turn < 4; ++turn) {
+          // Lane `quarter` sends the word of lane quarter ^ turn, of its own tile.
+          const int wanted = quarter ^ turn;
+          const Word sent = wanted < 2 ? (wanted == 0 ? draw.word[0] : draw.word[1])
+                                       : (wanted == 2 ? draw.word[2] : draw.word[3]);
+          const Word word = shuffle_xor(sent, turn);  // of tile n + (quarter ^ turn)
+#pragma unroll
+          for (int tile = 0; tile < 4; ++tile) {
+            if (tile != wanted) continue;
+            float(&values)[4] = p.at[m][n + tile];
+            if ((word & 0xFFFFu) >= args.threshold) values[2 * half] = 0.0f;
+            if (word >> 16 >= args.threshold) values[2 * half + 1] = 0.0f;
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace fa::cuda

@@ -1,0 +1,234 @@
+#include "cuda/forward_plan.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+
+#include "cuda/device/kernel_args.h"
+#include "cuda/heuristics.h"
+#include "cuda/kernels.h"
+
+namespace fa::cuda {
+namespace {
+
+using core::AttentionArgs;
+using core::AttentionProblem;
+using core::Result;
+using core::Status;
+using core::TensorView;
+
+constexpr uintptr_t kVectorBytes = 16;
+
+bool rows_are_aligned(const TensorView& view) {
+  const int64_t bytes = core::byte_size(view.dtype);
+  if (reinterpret_cast<uintptr_t>(view.data) % kVectorBytes != 0) return false;
+  for (int d = 0; d + 1 < view.ndim; ++d) {
+    if (view.shape[d] > 1 && view.strides[d] * bytes % kVectorBytes != 0) return false;
+  }
+  return view.shape[view.ndim - 1] * bytes % kVectorBytes == 0;
+}
+
+CallTraits traits_of(const AttentionArgs& args) {
+  const bool aligned = rows_are_aligned(args.q) && rows_are_aligned(args.k) &&
+                       rows_are_aligned(args.v) && rows_are_aligned(args.out);
+  return {aligned, core::softmax_scale(args) > 0.0};
+}
+
+TensorArgs tensor_args(const TensorView& view) {
+  if (view.ndim == 4) return {view.data, view.strides[0], view.strides[1], view.strides[2]};
+  return {view.data, 0, view.strides[0], view.strides[1]};
+}
+
+// A window's side, which the kernels count in 32 bits; wider than any sequence is no bound.
+int band_side(int64_t side, int64_t longest) {
+  return side < 0 || side >= longest ? -1 : static_cast<int>(side);
+}
+
+BiasElement element_of(const TensorView& view, core::DataType own) {
+  if (!view.present()) return BiasElement::kNone;
+  if (view.dtype == core::DataType::kBool) return BiasElement::kBoolean;
+  return view.dtype == own ? BiasElement::kOwn : BiasElement::kFloat32;
+}
+
+ShapeArgs shape_args(const AttentionProblem& problem) {
+  ShapeArgs shape{};
+  shape.batch = static_cast<int>(problem.batch);
+  shape.num_heads = static_cast<int>(problem.num_heads);
+  shape.heads_per_kv = static_cast<int>(problem.num_heads / problem.num_heads_kv);
+  shape.seqlen_q = static_cast<int>(problem.seqlen_q);
+  shape.seqlen_k = static_cast<int>(problem.seqlen_k);
+  shape.head_dim = static_cast<int>(problem.head_dim);
+  shape.head_dim_v = static_cast<int>(problem.head_dim_v);
+  const int64_t longest = problem.seqlen_q + problem.seqlen_k;
+  shape.band_left = band_side(problem.band.left, longest);
+  shape.band_right = band_side(problem.band.right, longest);
+  return shape;
+}
+
+void set_sequences(const AttentionArgs& args, const AttentionProblem& problem, ForwardArgs& to) {
+  if (problem.layout == core::Layout::kVarlen) {
+    to.sequences.cu_seqlens_q = args.cu_seqlens_q.as<const int>();
+    to.sequences.cu_seqlens_k = args.cu_seqlens_k.as<const int>();
+    if (args.seqused_k.present()) to.sequences.seqused_k = args.seqused_k.as<const int>();
+    to.sequences.total_q = static_cast<int>(problem.total_q);
+    to.sequences.total_k = static_cast<int>(args.k.shape[0]);
+  }
+  if (problem.page_size > 0) {
+    to.pages.block_table = args.block_table.as<const int>();
+    to.pages.table_stride = args.block_table.strides[0];
+    to.pages.page_size = static_cast<int>(problem.page_size);
+    to.pages.num_pages = static_cast<int>(args.k.shape[0]);
+    to.pages.max_pages = static_cast<int>(args.block_table.shape[1]);
+  }
+}
+
+// Strides of attn_bias as [B, H, Sq, Sk]; 0 along a dimension that it is broadcast along.
+std::array<int64_t, 4> bias_strides(const TensorView& bias) {
+  std::array<int64_t, 4> strides{};
+  for (int d = 0; d < bias.ndim; ++d) {
+    const int to = 4 - bias.ndim + d;
+    strides[to] = bias.shape[d] == 1 ? 0 : bias.strides[d];
+  }
+  return strides;
+}
+
+void set_score(const AttentionArgs& args, const AttentionProblem& problem, Score kind,
+               ScoreArgs& to) {
+  const double scale = core::softmax_scale(args);
+  to.scale = static_cast<float>(kind == Score::kSoftcap ? scale / args.softcap : scale);
+  to.scale_log2 = static_cast<float>(semantics::kLog2e *
+                                     (kind == Score::kSoftcap ? args.softcap : scale));
+  to.softcap = static_cast<float>(args.softcap);
+  if (problem.alibi) {
+    to.alibi_slopes = args.alibi_slopes.as<const float>();
+    to.alibi_batch_stride = args.alibi_slopes.ndim == 2 ? args.alibi_slopes.strides[0] : 0;
+  }
+  to.bias_element = element_of(args.attn_bias, problem.dtype);
+  if (args.attn_bias.present()) {
+    const std::array<int64_t, 4> strides = bias_strides(args.attn_bias);
+    to.bias = args.attn_bias.data;
+    to.bias_batch_stride = strides[0];
+    to.bias_head_stride = strides[1];
+    to.bias_row_stride = strides[2];
+    to.bias_key_stride = strides[3];
+  }
+  to.sink_element = element_of(args.learnable_sink, problem.dtype);
+  if (args.learnable_sink.present()) to.sink = args.learnable_sink.data;
+}
+
+void set_lse(const AttentionArgs& args, const AttentionProblem& problem, ForwardArgs& to) {
+  if (!problem.wants_lse) return;
+  to.lse = args.lse.as<float>();
+  const auto& strides = args.lse.strides;
+  if (problem.layout == core::Layout::kVarlen) {
+    to.lse_head_stride = strides[0];
+    to.lse_row_stride = strides[1];
+  } else {
+    to.lse_batch_stride = strides[0];
+    to.lse_head_stride = strides[1];
+    to.lse_row_stride = strides[2];
+  }
+}
+
+void set_dropout(const AttentionArgs& args, const AttentionProblem& problem, DropoutArgs& to) {
+  if (!problem.dropout) return;
+  to.key = semantics::dropout_key(args.dropout_seed, args.dropout_offset);
+  to.threshold = semantics::dropout_threshold(args.dropout_p);
+  to.keep_scale = static_cast<float>(1.0 / (1.0 - args.dropout_p));
+}
+
+class ForwardPlan final : public core::Plan {
+ public:
+  ForwardPlan(const AttentionProblem& problem, int device_index, const Device& device)
+      : problem_(problem), device_index_(device_index), device_(device) {}
+
+  int64_t workspace_bytes(int) const override { return 0; }
+
+  Status run(const AttentionArgs& args, void*, const core::Stream& stream) const override {
+    if (problem_.total_q == 0) return {};
+    const CallTraits traits = traits_of(args);
+    const Result<const LoadedKernel*> kernel = kernel_for(traits);
+    if (!kernel.ok()) return kernel.status();
+    ForwardArgs launch_args = forward_args(args, kernel.value()->id.spec);
+    void* arguments[] = {&launch_args};
+    FA_TRY(kernel.value()->launch(num_blocks(launch_args.schedule), arguments, stream.handle));
+    return problem_.wants_s_dmask ? run_s_dmask(args, launch_args, stream) : Status{};
+  }
+
+  std::string describe() const override {
+    const Result<const LoadedKernel*> kernel = kernel_for({});
+    if (!kernel.ok()) return kernel.status().message();
+    const LoadedKernel& it = *kernel.value();
+    std::string text = core::concat(to_string(it.id), ", ", it.registers, " registers, ",
+                                    dynamic_shared_bytes(it.id), " bytes of shared memory");
+    if (it.local_bytes > 0) text += core::concat(", ", it.local_bytes, " bytes of local memory");
+    return text;
+  }
+
+ private:
+  Result<const LoadedKernel*> kernel_for(const CallTraits& traits) const {
+    std::atomic<const LoadedKernel*>& known = kernels_[traits.aligned * 2 + traits.positive_scale];
+    if (const LoadedKernel* kernel = known.load(std::memory_order_acquire)) return kernel;
+    const KernelId id = choose_forward(problem_, traits, device_.properties);
+    const Result<const LoadedKernel*> kernel = load_kernel(device_index_, id);
+    if (kernel.ok()) known.store(kernel.value(), std::memory_order_release);
+    return kernel;
+  }
+
+  ForwardArgs forward_args(const AttentionArgs& args, const KernelSpec& spec) const {
+    ForwardArgs to{};
+    to.q = tensor_args(args.q);
+    to.k = tensor_args(args.k);
+    to.v = tensor_args(args.v);
+    to.out = tensor_args(args.out);
+    to.shape = shape_args(problem_);
+    to.schedule.num_tiles_m =
+        static_cast<int>(std::max<int64_t>((problem_.seqlen_q + spec.tile_m - 1) / spec.tile_m, 1));
+    to.schedule.heads_per_group = heads_per_group(problem_, device_.properties);
+    set_lse(args, problem_, to);
+    set_sequences(args, problem_, to);
+    set_score(args, problem_, spec.score, to.score);
+    set_dropout(args, problem_, to.dropout);
+    return to;
+  }
+
+  // Varlen: one batch entry more, for the rows behind the last sequence.
+  int64_t num_blocks(const ScheduleArgs& schedule) const {
+    const int64_t entries = problem_.batch + (problem_.layout == core::Layout::kVarlen ? 1 : 0);
+    return entries * problem_.num_heads * schedule.num_tiles_m;
+  }
+
+  Status run_s_dmask(const AttentionArgs& args, ForwardArgs& launch_args,
+                     const core::Stream& stream) const {
+    const KernelId id = choose_s_dmask(problem_);
+    const Result<const LoadedKernel*> kernel = load_kernel(device_index_, id);
+    if (!kernel.ok()) return kernel.status();
+    set_score(args, problem_, Score::kGeneral, launch_args.score);
+    const TensorView& s = args.s_dmask;
+    SDmaskArgs to{s.data,
+                  s.strides[0],
+                  s.strides[1],
+                  s.strides[2],
+                  static_cast<int>(s.shape[2]),
+                  static_cast<int>(s.shape[3])};
+    const int64_t rows = s.shape[0] * s.shape[1] * s.shape[2];
+    void* arguments[] = {&launch_args, &to};
+    return kernel.value()->launch((rows + id.spec.num_warps - 1) / id.spec.num_warps, arguments,
+                                  stream.handle);
+  }
+
+  const AttentionProblem problem_;
+  const int device_index_;
+  const Device& device_;
+  // By CallTraits; each found at its first call.
+  mutable std::array<std::atomic<const LoadedKernel*>, 4> kernels_{};
+};
+
+}  // namespace
+
+core::PlanPtr make_forward_plan(const AttentionProblem& problem, int device_index,
+                                const Device& device) {
+  return std::make_shared<ForwardPlan>(problem, device_index, device);
+}
+
+}  // namespace fa::cuda

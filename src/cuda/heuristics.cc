@@ -1,0 +1,184 @@
+#include "cuda/heuristics.h"
+
+#include <algorithm>
+#include <iterator>
+
+namespace fa::cuda {
+namespace {
+
+using core::AttentionProblem;
+using core::BiasKind;
+using core::DataType;
+using core::Status;
+
+constexpr int kMinComputeCapability = 80;  // mma.sync of bf16, cp.async
+constexpr int64_t kMaxHeadDim = 256;
+// Positions are 32-bit in the kernels, with room for a window beside them.
+constexpr int64_t kMaxLength = int64_t{1} << 30;
+
+struct HeadDims {
+  int qk;
+  int v;
+};
+
+// What head dimensions are padded to. Unlike ones share the larger's, but for DeepSeek's 192 / 128.
+constexpr HeadDims kHeadDims[] = {{32, 32},   {64, 64},   {96, 96},  {128, 128},
+                                  {192, 128}, {192, 192}, {256, 256}};
+
+HeadDims padded_dims(int64_t head_dim, int64_t head_dim_v) {
+  for (const HeadDims& dims : kHeadDims) {
+    if (head_dim <= dims.qk && head_dim_v <= dims.v) return dims;
+  }
+  return kHeadDims[std::size(kHeadDims) - 1];
+}
+
+Element element_of(DataType dtype) {
+  if (dtype == DataType::kFloat16) return Element::kFloat16;
+  return dtype == DataType::kBFloat16 ? Element::kBFloat16 : Element::kFloat32;
+}
+
+// Two 16-row tiles per warp halve the loads of k and v per product, and fill 255 registers; where
+// scores need more registers than that, or shared memory is short, smaller tiles.
+void set_tile_80(KernelSpec& spec, const DeviceProperties& properties) {
+  spec.tile_m = 128;
+  spec.tile_n = spec.head_dim <= 64 ? 128 : 64;
+  spec.num_warps = spec.head_dim <= 128 ? 4 : 8;
+  const bool registers_are_short =
+      spec.score == Score::kGeneral || spec.loader != Loader::kVector;
+  if (registers_are_short && spec.head_dim <= 128) {
+    spec.tile_m = 64;
+    spec.tile_n = 64;
+  }
+  if (forward_sm80_shared_bytes(spec) > properties.max_shared_bytes - 1024) {
+    spec.tile_m = 64;
+    spec.num_warps = 4;
+  }
+}
+
+KernelSpec spec_80(Element element, HeadDims dims, Score score, bool dropout, Loader loader,
+                   const DeviceProperties& properties) {
+  KernelSpec spec;
+  spec.element = element;
+  spec.head_dim = dims.qk;
+  spec.head_dim_v = dims.v;
+  spec.score = score;
+  spec.dropout = dropout;
+  spec.loader = loader;
+  set_tile_80(spec, properties);
+  return spec;
+}
+
+KernelSpec spec_32(HeadDims dims) {
+  KernelSpec spec;
+  spec.element = Element::kFloat32;
+  spec.head_dim = spec.head_dim_v = std::max(dims.qk, dims.v);
+  spec.tile_m = spec.head_dim > 128 ? 32 : 64;  // within 99 KiB
+  spec.tile_n = 32;
+  spec.num_warps = spec.tile_m / 8;
+  spec.score = Score::kGeneral;
+  spec.dropout = true;
+  spec.loader = Loader::kElement;
+  return spec;
+}
+
+}  // namespace
+
+Status check_problem(const AttentionProblem& problem, const DeviceProperties& properties) {
+  if (properties.compute_capability < kMinComputeCapability) {
+    return core::unsupported(properties.name, " has compute capability ",
+                             properties.compute_capability / 10, ".",
+                             properties.compute_capability % 10,
+                             ", must be 8.0 or newer; triton serves older ones");
+  }
+  if (problem.direction != core::Direction::kForward) {
+    return core::unsupported("the backward is not among these kernels; triton serves it");
+  }
+  if (problem.layout == core::Layout::kCache) {
+    return core::unsupported("a KV cache is not among these kernels' layouts; triton serves it");
+  }
+  if (std::max(problem.head_dim, problem.head_dim_v) > kMaxHeadDim) {
+    return core::unsupported("head_dim is ", std::max(problem.head_dim, problem.head_dim_v),
+                             ", must be at most ", kMaxHeadDim);
+  }
+  if (std::max({problem.seqlen_q, problem.seqlen_k, problem.total_q}) > kMaxLength) {
+    return core::unsupported("a sequence or total_q is longer than ", kMaxLength);
+  }
+  return {};
+}
+
+KernelId choose_forward(const AttentionProblem& problem, const CallTraits& traits,
+                        const DeviceProperties& properties) {
+  const HeadDims dims = padded_dims(problem.head_dim, problem.head_dim_v);
+  if (problem.dtype == DataType::kFloat32) return {Family::kForward32, spec_32(dims)};
+  const bool paged = problem.page_size > 0;
+  Loader loader = paged ? Loader::kPagedVector : Loader::kVector;
+  // Dropout on pages is too rare for a kernel of its own.
+  if (!traits.aligned || (paged && problem.dropout)) loader = Loader::kElement;
+  Score score = problem.softcap ? Score::kSoftcap : Score::kPlain;
+  // The fast scores take the maximum before the scale, which must not turn it into the minimum.
+  if (problem.alibi || problem.bias != BiasKind::kNone || problem.dropout ||
+      loader == Loader::kElement || (!problem.softcap && !traits.positive_scale)) {
+    score = Score::kGeneral;
+  }
+  return {Family::kForward80, spec_80(element_of(problem.dtype), dims, score, problem.dropout,
+                                      loader, properties)};
+}
+
+KernelId choose_s_dmask(const AttentionProblem& problem) {
+  KernelSpec spec;
+  spec.element = element_of(problem.dtype);
+  spec.score = Score::kGeneral;
+  spec.dropout = true;
+  spec.loader = Loader::kElement;
+  return {Family::kSDmask, spec};
+}
+
+int heads_per_group(const AttentionProblem& problem, const DeviceProperties& properties) {
+  // Without a band all tiles of a head take equally long: one head at a time.
+  if (problem.band.unbounded()) return 1;
+  // Half of the L2 cache is for keys and values.
+  const int64_t group = problem.num_heads / problem.num_heads_kv;
+  const int64_t bytes_per_kv_head = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) *
+                                    core::byte_size(problem.dtype);
+  const int64_t fitting =
+      properties.l2_bytes / 2 / std::max<int64_t>(bytes_per_kv_head, 1) * group;
+  int64_t heads = std::clamp<int64_t>(fitting, 1, problem.num_heads);
+  while (problem.num_heads % heads != 0) --heads;
+  return static_cast<int>(heads);
+}
+
+std::vector<KernelId> reachable_kernels(const DeviceProperties& properties) {
+  struct Features {
+    Score score;
+    bool dropout;
+    Loader loader;
+  };
+  constexpr Features kFeatures[] = {{Score::kPlain, false, Loader::kVector},
+                                    {Score::kPlain, false, Loader::kPagedVector},
+                                    {Score::kSoftcap, false, Loader::kVector},
+                                    {Score::kSoftcap, false, Loader::kPagedVector},
+                                    {Score::kGeneral, false, Loader::kVector},
+                                    {Score::kGeneral, false, Loader::kPagedVector},
+                                    {Score::kGeneral, false, Loader::kElement},
+                                    {Score::kGeneral, true, Loader::kVector},
+                                    {Score::kGeneral, true, Loader::kElement}};
+  std::vector<KernelId> list;
+  for (const HeadDims& dims : kHeadDims) {
+    for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
+      for (const Features& it : kFeatures) {
+        list.push_back({Family::kForward80, spec_80(element, dims, it.score, it.dropout, it.loader,
+                                                    properties)});
+      }
+    }
+    const KernelId fp32{Family::kForward32, spec_32(dims)};
+    if (std::find(list.begin(), list.end(), fp32) == list.end()) list.push_back(fp32);
+  }
+  for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
+    AttentionProblem problem;
+    problem.dtype = dtype;
+    list.push_back(choose_s_dmask(problem));
+  }
+  return list;
+}
+
+}  // namespace fa::cuda

@@ -1,0 +1,33 @@
+// Kernels that are ready to be launched: compiled or taken from the disk, and loaded, once each.
+#pragma once
+
+#include <string>
+
+#include "core/status.h"
+#include "cuda/device.h"
+#include "cuda/kernel_id.h"
+#include "cuda/nvrtc.h"
+
+namespace fa::cuda {
+
+struct LoadedKernel {
+  KernelId id;
+  const Device* device;
+  Function function = nullptr;
+  int registers = 0;
+  int local_bytes = 0;  // of a thread; spilled registers among them
+
+  // On a device whose context is current. `arguments` point to the kernel's parameters.
+  core::Status launch(int64_t num_blocks, void** arguments, void* stream) const;
+};
+
+// The kernel on device number `index`; compiles it where nobody has yet. Any thread may ask.
+core::Result<const LoadedKernel*> load_kernel(int index, const KernelId& id);
+
+// Compiles a kernel for an architecture, from nothing.
+core::Result<CompiledKernel> compile_kernel(const KernelId& id, int compute_capability);
+
+// What a kernel is stored under: all that its image depends on.
+core::Result<std::string> cache_key(const KernelId& id, int compute_capability);
+
+}  // namespace fa::cuda

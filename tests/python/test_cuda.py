@@ -1,0 +1,421 @@
+"""The kernels for NVIDIA GPUs on one, against the fp64 oracle; skipped where there is none."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import assert_close, chosen, offsets, out_bound, same_bits, tensors, varlen_tensors
+
+import flash_attn
+from flash_attn import dlpack, flash_attn_func, flash_attn_varlen_func
+from flash_attn._attention import draw_seed
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def implementations() -> list[str]:
+    """Those of this library's that serve CUDA tensors on this machine."""
+    if not torch.cuda.is_available():
+        return []
+    return [it.name for it in flash_attn.implementations("cuda") if it.available]
+
+
+NAMES = implementations()
+pytestmark = pytest.mark.skipif(not NAMES, reason="no NVIDIA GPU, driver or NVRTC")
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each implementation, forced."""
+    monkeypatch.setenv("FLASH_ATTENTION_BACKEND", request.param)
+    return request.param
+
+
+def to_cuda(value: Any) -> Any:
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def run(function: Any, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]) -> Any:
+    """(out, lse) of a function on the GPU, on the CPU; what `name` refuses is skipped."""
+    on_gpu = {key: to_cuda(value) for key, value in options.items()}
+    try:
+        out, lse, _ = function(*map(to_cuda, inputs), return_attn_probs=True, **on_gpu)
+    except NotImplementedError as error:
+        if "cuda:" not in str(error):
+            raise
+        pytest.skip(f"refused: {str(error).splitlines()[-1]:.100}")
+    torch.cuda.synchronize()
+    return out.cpu(), lse.cpu()
+
+
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> None:
+    """A dense problem meets the oracle."""
+    out, lse = run(flash_attn_func, (q, k, v), options)
+    bound = out_bound(q, max(q.shape[1], k.shape[1]), options)
+    assert_close(out, lse, dlpack.oracle(q, k, v, **options), bound)
+
+
+def check_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+    out, lse = run(flash_attn_varlen_func, (q, k, v), options)
+    bound = out_bound(q, max(options["max_seqlen_q"], options["max_seqlen_k"]), options)
+    assert_close(out, lse, dlpack.oracle(q, k, v, **options), bound)
+    return out, lse
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "scale": {"softmax_scale": 0.3},
+    "scale_0": {"softmax_scale": 0.0},
+    "scale_negative": {"softmax_scale": -0.2, "causal": True},
+    "window": {"window_size": (17, 3)},
+    "window_left_causal": {"window_size": (20, -1), "causal": True},
+    "window_right": {"window_size": (-1, 5)},
+    "softcap": {"softcap": 5.0},
+    "softcap_causal": {"softcap": 30.0, "causal": True},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+    "alibi_per_batch": {"alibi_slopes": torch.rand(2, 4), "causal": True},
+    "bias": {"attn_bias": torch.randn(2, 4, 150, 197)},
+    "bias_broadcast": {"attn_bias": torch.randn(1, 4, 1, 197)},
+    "bias_boolean": {"attn_bias": torch.rand(2, 1, 150, 197) > 0.3, "causal": True},
+    "sink": {"learnable_sink": torch.randn(4)},
+    "everything": {
+        "causal": True,
+        "window_size": (40, -1),
+        "softcap": 20.0,
+        "softmax_scale": 0.2,
+        "alibi_slopes": torch.rand(4),
+        "attn_bias": torch.randn(4, 150, 197),
+        "learnable_sink": torch.randn(4),
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options_meet_the_oracle(name, options, dtype):
+    check(*tensors(seqlen_q=150, seqlen_k=197, dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "head_dim,head_dim_v",
+    [(d, d) for d in (1, 8, 16, 31, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256)]
+    + [(192, 128), (3, 5), (64, 256), (128, 1), (72, 40), (256, 64)],
+)
+def test_any_head_dim(name, head_dim, head_dim_v, dtype):
+    q, k, v = tensors(
+        1, 140, 170, num_heads=2, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype
+    )
+    check(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "seqlen_q,seqlen_k",
+    [(1, 1), (1, 300), (300, 1), (2, 3), (64, 64), (128, 128), (200, 113), (257, 511), (129, 640)],
+)
+def test_any_lengths(name, seqlen_q, seqlen_k, causal, dtype):
+    for head_dim in (64, 128):
+        q, k, v = tensors(1, seqlen_q, seqlen_k, num_heads=2, head_dim=head_dim, dtype=dtype)
+        check(q, k, v, causal=causal)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (5, -1), (-1, 5), (64, 64), (100, 3), (1000, 1000)])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_windows(name, window, head_dim):
+    for seqlen_q, seqlen_k in [(300, 300), (70, 420), (420, 70)]:
+        q, k, v = tensors(
+            1, seqlen_q, seqlen_k, num_heads=2, head_dim=head_dim, dtype=torch.bfloat16
+        )
+        check(q, k, v, window_size=window)
+
+
+@pytest.mark.parametrize("num_heads,num_heads_kv", [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_grouped_heads(name, num_heads, num_heads_kv, head_dim):
+    q, k, v = tensors(
+        3,
+        150,
+        150,
+        num_heads=num_heads,
+        num_heads_kv=num_heads_kv,
+        head_dim=head_dim,
+        dtype=torch.float16,
+    )
+    check(q, k, v, causal=True)
+
+
+def test_peaky_softmax(name):
+    q, k, v = tensors(1, 200, 333, num_heads=2, head_dim=128, dtype=torch.bfloat16)
+    check(q * 8, k, v, causal=True)
+
+
+def test_empty_problems(name):
+    for batch, seqlen_q, seqlen_k in [(0, 5, 5), (2, 0, 5), (2, 5, 0)]:
+        inputs = tensors(batch, seqlen_q, seqlen_k, dtype=torch.bfloat16)
+        out, lse = run(flash_attn_func, inputs, {})
+        assert not out.any() and (lse == math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("options", ["plain", "causal", "window_left_causal", "softcap", "sink"])
+def test_varlen_equals_dense_bitwise(name, options, head_dim, dtype):
+    options = OPTIONS[options]
+    lengths_q, lengths_k = [65, 1, 0, 230], [97, 200, 5, 230]
+    q, k, v = varlen_tensors(lengths_q, lengths_k, dtype=dtype, head_dim=head_dim)
+    cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
+    lengths = {
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "max_seqlen_q": 230,
+        "max_seqlen_k": 230,
+    }
+    out, lse = check_varlen(q, k, v, **lengths, **options)
+    for b in range(4):
+        rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
+        dense, dense_lse = run(
+            flash_attn_func, (q[None, rows], k[None, keys], v[None, keys]), options
+        )
+        assert same_bits(out[rows], dense[0])
+        assert same_bits(lse[:, rows], dense_lse[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_varlen_options(name, dtype):
+    q, k, v = varlen_tensors([30, 0, 170], [64, 5, 199], dtype=dtype)
+    check_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q=offsets([30, 0, 170]),
+        cu_seqlens_k=offsets([64, 5, 199]),
+        max_seqlen_q=180,
+        max_seqlen_k=200,
+        seqused_k=torch.tensor([50, 0, 199], dtype=torch.int32),
+        causal=True,
+        softcap=10.0,
+        alibi_slopes=torch.rand(3, 4),
+        attn_bias=torch.randn(3, 1, 180, 200),
+        learnable_sink=torch.randn(4),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_behind_the_last_sequence_are_empty(name, dtype):
+    q, k, v = varlen_tensors([400], [60], dtype=dtype)
+    cu = offsets([20, 40])
+    out, lse = run(
+        flash_attn_varlen_func,
+        (q, k, v),
+        {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 40, "max_seqlen_k": 40},
+    )
+    assert not out[60:].any() and (lse[:, 60:] == math.inf).all()
+    assert out[:60].any() and lse[:, :60].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("page_size", [1, 16, 17, 256])
+@pytest.mark.parametrize("options", ["causal", "softcap", "sink", "alibi"])
+def test_pages_equal_one_piece_bitwise(name, options, page_size, dtype):
+    options = OPTIONS[options]
+    lengths_q, lengths_k = [20, 5, 140], [45, 133, 290]
+    q, k, v = varlen_tensors(lengths_q, lengths_k, dtype=dtype)
+    cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
+    width = (290 + page_size - 1) // page_size
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randperm(3 * width, generator=generator).int().view(3, width)
+    pages_k, pages_v = torch.full((2, 3 * width, page_size, 2, 64), math.nan, dtype=dtype)
+    for b in range(3):
+        for j in range(lengths_k[b]):
+            page = table[b, j // page_size]
+            pages_k[page, j % page_size] = k[cu_k[b] + j]
+            pages_v[page, j % page_size] = v[cu_k[b] + j]
+        used = (lengths_k[b] + page_size - 1) // page_size
+        table[b, used:] = 2**30
+    lengths = {
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "max_seqlen_q": 140,
+        "max_seqlen_k": 290,
+        **options,
+    }
+    expected = run(flash_attn_varlen_func, (q, k, v), lengths)
+    actual = run(flash_attn_varlen_func, (q, pages_k, pages_v), {**lengths, "block_table": table})
+    assert same_bits(actual[0], expected[0]) and same_bits(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", ["causal", "window", "alibi"])
+def test_masked_keys_do_not_leak(name, options, dtype):
+    options = {**OPTIONS[options], "causal": True}
+    q, k, v = tensors(1, 200, 200, head_dim=128, dtype=dtype)
+    expected = run(flash_attn_func, (q[:, :100], k[:, :100], v[:, :100]), options)
+    poisoned_k, poisoned_v = k.clone(), v.clone()
+    poisoned_k[:, 100:] = 6e4
+    poisoned_v[:, 100:] = -6e4
+    out, lse = run(flash_attn_func, (q, k, v), options)
+    poisoned, poisoned_lse = run(flash_attn_func, (q, poisoned_k, poisoned_v), options)
+    assert same_bits(out[:, :100], poisoned[:, :100])
+    assert same_bits(lse[:, :, :100], poisoned_lse[:, :, :100])
+    del expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+def test_padding_of_nan_does_not_leak(name, head_dim, dtype):
+    lengths = [33, 100]
+    q, k, v = varlen_tensors([33, 100], [33, 100], dtype=dtype, head_dim=head_dim)
+    cu = offsets(lengths)
+    options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 100, "max_seqlen_k": 100}
+    expected = run(flash_attn_varlen_func, (q, k, v), options)
+    padded = [torch.full((300, *x.shape[1:]), math.nan, dtype=dtype) for x in (q, k, v)]
+    for wide, x in zip(padded, (q, k, v)):
+        wide[:133] = x
+    out, lse = run(flash_attn_varlen_func, tuple(padded), options)
+    assert same_bits(out[:133], expected[0]) and same_bits(lse[:, :133], expected[1])
+
+
+@pytest.mark.parametrize("kind", ["heads_major", "gaps", "odd_gaps", "offset"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_strides_meet_the_oracle(name, kind, dtype):
+    def other(x: torch.Tensor) -> torch.Tensor:
+        if kind == "heads_major":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        gap = {"gaps": 24, "odd_gaps": 23, "offset": 8}[kind]
+        start = 3 if kind == "offset" else 8
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + gap), math.nan, dtype=x.dtype)
+        wide[..., start : start + x.shape[-1]] = x
+        return wide.cuda()[..., start : start + x.shape[-1]]
+
+    q, k, v = tensors(1, 150, 170, dtype=dtype)
+    out, lse, _ = flash_attn_func(*(to_cuda(other(x)) for x in (q, k, v)), return_attn_probs=True)
+    bound = out_bound(q, 170, {})
+    assert_close(out.cpu(), lse.cpu(), dlpack.oracle(q, k, v), bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 100, 128, 256])
+@pytest.mark.parametrize("dropout_p", [0.17, 0.5, 1e-30])
+def test_dropout_is_the_cpus_bit_for_bit(name, dropout_p, head_dim, dtype):
+    q, k, v = tensors(2, 150, 200, head_dim=head_dim, dtype=dtype)
+    torch.manual_seed(7)
+    expected, _, expected_mask = flash_attn_func_on_cpu(
+        q, k, v, dropout_p=dropout_p, causal=True, return_attn_probs=True
+    )
+    torch.manual_seed(7)
+    out, lse, mask = flash_attn_func(
+        *map(to_cuda, (q, k, v)), dropout_p=dropout_p, causal=True, return_attn_probs=True
+    )
+    assert torch.equal(mask.cpu() < 0, expected_mask < 0)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    difference = (mask.cpu().float() - expected_mask.float()).abs()
+    assert (difference <= tolerance * expected_mask.float().abs() + 1e-6).all()
+    torch.manual_seed(7)
+    seed = draw_seed()
+    oracle = dlpack.oracle(q, k, v, dropout_p=dropout_p, dropout_seed=seed, causal=True)
+    assert_close(out.cpu(), lse.cpu(), oracle, out_bound(q, 200, {}))
+    assert torch.allclose(out.cpu().float(), expected.float(), atol=0.1, rtol=0.1)
+
+
+def flash_attn_func_on_cpu(*args: Any, **options: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLASH_ATTENTION_BACKEND", raising=False)
+        return flash_attn_func(*args, **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences_equal_fp64_on_the_gpu(name, head_dim, causal):
+    generator = torch.Generator("cuda").manual_seed(head_dim)
+    q, k, v = (
+        torch.randn(1, n, 3, head_dim, generator=generator, device="cuda").to(torch.bfloat16)
+        for n in (2000, 3001, 3001)
+    )
+    out = flash_attn_func(q, k, v, causal=causal).double()
+    qd, kd, vd = (x.double().transpose(1, 2) for x in (q, k, v))
+    scores = qd @ kd.mT * head_dim**-0.5
+    if causal:
+        mask = torch.ones(2000, 3001, dtype=torch.bool, device="cuda").tril(3001 - 2000)
+        scores.masked_fill_(~mask, -math.inf)
+    p = scores.softmax(-1)
+    expected, bound = (p @ vd).transpose(1, 2), (p @ vd.abs()).transpose(1, 2)
+    assert ((out - expected).abs() / bound).max() <= 2 * 2.0**-8
+
+
+def test_runs_are_bitwise_equal(name):
+    q, k, v = (x.cuda() for x in tensors(4, 500, 700, num_heads=8, dtype=torch.bfloat16))
+    first = flash_attn_func(q, k, v, causal=True)
+    for _ in range(5):
+        assert same_bits(flash_attn_func(q, k, v, causal=True), first)
+
+
+def test_a_graph_replays_a_call(name):
+    q, k, v = (x.cuda() for x in tensors(dtype=torch.bfloat16))
+    expected = flash_attn_func(q, k, v, causal=True)
+    graph = torch.cuda.CUDAGraph()
+    static = [torch.zeros_like(x) for x in (q, k, v)]
+    with torch.cuda.graph(graph):
+        out = flash_attn_func(*static, causal=True)
+    for to, x in zip(static, (q, k, v)):
+        to.copy_(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same_bits(out, expected)
+
+
+def test_calls_run_on_the_current_stream(name):
+    q, k, v = (x.cuda() for x in tensors(8, 1000, 1000, dtype=torch.bfloat16))
+    expected = flash_attn_func(q, k, v)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(q)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(q)
+        out = flash_attn_func(late, k, v)
+    stream.synchronize()
+    assert same_bits(out, expected)
+
+
+def test_explain_names_the_kernel(name):
+    q, k, v = (x.cuda() for x in tensors(dtype=torch.bfloat16))
+    assert chosen(q, k, v) == name
+    text = flash_attn.explain(q, k, v)
+    assert "registers" in text and "shared memory" in text
+
+
+def test_what_no_kernel_takes_is_refused(name):
+    q, k, v = (x.cuda() for x in tensors(head_dim=512, dtype=torch.bfloat16))
+    with pytest.raises(NotImplementedError, match="head_dim"):
+        flash_attn_func(q, k, v)
+
+
+def test_random_problems_meet_the_oracle(name):
+    rng = np.random.default_rng(0)
+    for case in range(40):
+        dtype = DTYPES[rng.integers(3)]
+        kv = int(rng.integers(1, 3))
+        heads = kv * int(rng.integers(1, 4))
+        dim = int(rng.integers(1, 257)) if rng.random() < 0.5 else int(rng.choice([64, 128]))
+        sq, sk = (int(x) for x in rng.integers(1, 400, 2))
+        q, k, v = tensors(2, sq, sk, heads, kv, dim, dtype=dtype, seed=case)
+        options: dict[str, Any] = {"causal": bool(rng.random() < 0.5)}
+        if rng.random() < 0.4:
+            options["window_size"] = tuple(int(x) for x in rng.integers(-1, 200, 2))
+        if rng.random() < 0.3:
+            options["softcap"] = 10.0
+        if rng.random() < 0.3:
+            options["alibi_slopes"] = torch.rand(heads) * 0.3
+        if rng.random() < 0.3:
+            options["learnable_sink"] = torch.randn(heads)
+        if rng.random() < 0.3:
+            options["attn_bias"] = torch.randn(heads, sq, sk)
+        check(q, k, v, **options)
