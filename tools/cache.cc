@@ -38,12 +38,23 @@ int clear() {
   return kFailure;
 }
 
+// Whether `text` has one of the alternatives in `filter`, which are separated by '|'.
+bool matches(const std::string& text, const std::string& filter) {
+  size_t begin = 0;
+  for (;;) {
+    const size_t end = std::min(filter.find('|', begin), filter.size());
+    if (text.find(filter.substr(begin, end - begin)) != std::string::npos) return true;
+    if (end == filter.size()) return false;
+    begin = end + 1;
+  }
+}
+
 // The kernels of this request, of all that a device can be asked for.
 std::vector<cuda::KernelId> selected(const Request& request) {
   std::vector<cuda::KernelId> list;
   int64_t index = 0;
   for (const cuda::KernelId& id : cuda::kernels_for(static_cast<int>(request.precompile))) {
-    if (cuda::to_string(id).find(request.filter) == std::string::npos) continue;
+    if (!matches(cuda::to_string(id), request.filter)) continue;
     if (index++ % request.num_shards == request.shard) list.push_back(id);
   }
   return list;
@@ -78,14 +89,15 @@ int precompile(const Request& request) {
 
 int run_cache(int argc, char** argv) {
   Request request;
-  CommandLine command(
-      "cache",
-      "Shows, clears or fills the cache of kernels compiled for NVIDIA GPUs. To compile takes NVRTC,\n"
-      "but neither a GPU nor a driver.");
+  CommandLine command("cache",
+                      "Shows, clears or fills the cache of kernels compiled for NVIDIA GPUs. To "
+                      "compile takes NVRTC,\n"
+                      "but neither a GPU nor a driver.");
   command.flag("--clear", &request.clear, "remove every kernel");
   command.option("--precompile", "CC", &request.precompile,
                  "compile for devices of compute capability CC, as in 90 for 9.0");
-  command.option("--filter", "TEXT", &request.filter, "only kernels whose description has TEXT");
+  command.option("--filter", "TEXT", &request.filter,
+                 "only kernels described so; alternatives by '|'");
   command.flag("--list", &request.list, "with --precompile: only tell which kernels");
   command.option("--shard", "I", &request.shard, "of --num-shards, from 0; for several processes");
   command.option("--num-shards", "N", &request.num_shards, "parts of the work; default 1");

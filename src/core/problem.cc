@@ -45,6 +45,7 @@ std::string to_string(const AttentionProblem& p) {
   if (p.wants_lse) text += " lse";
   if (p.wants_s_dmask) text += " s_dmask";
   if (p.deterministic) text += " deterministic";
+  if (!p.vector_rows) text += " unaligned";
   return text;
 }
 

@@ -43,6 +43,8 @@ struct AttentionProblem {
   int64_t seqlen_new = 0;
   int64_t rotary_dim = 0;  // 0: no rotary embedding
   int64_t num_splits = 0;  // of the keys; 0: as the implementation likes
+  // On a GPU: rows of q, k, v and out start at multiples of 16 bytes, and fill a multiple of them.
+  bool vector_rows = true;
 
   auto fields() const {
     return std::tuple{direction,
@@ -72,7 +74,8 @@ struct AttentionProblem {
                       appends,
                       seqlen_new,
                       rotary_dim,
-                      num_splits};
+                      num_splits,
+                      vector_rows};
   }
   bool operator==(const AttentionProblem& other) const { return fields() == other.fields(); }
 };

@@ -391,11 +391,27 @@ Status check_s_dmask(const AttentionArgs& args, AttentionProblem* problem) {
   return check_output(s_dmask, problem->dtype, args.q.device);
 }
 
+bool has_vector_rows(const TensorView& view) {
+  constexpr int64_t kVectorBytes = 16;
+  const int64_t bytes = byte_size(view.dtype);
+  bool vectors = reinterpret_cast<uintptr_t>(view.data) % kVectorBytes == 0 &&
+                 view.shape[view.ndim - 1] * bytes % kVectorBytes == 0;
+  for (int d = 0; d + 1 < view.ndim; ++d) {
+    vectors = vectors && (view.shape[d] <= 1 || view.strides[d] * bytes % kVectorBytes == 0);
+  }
+  return vectors;
+}
+
 Status check_all(const AttentionArgs& args, AttentionProblem* problem) {
   FA_TRY(check_layout(args, problem));
   FA_TRY(check_main_tensors(args, ranks(problem->layout, args.block_table.present())));
   problem->dtype = args.q.dtype;
   FA_TRY(check_heads(args, problem));
+  // A CPU's kernels do not ask, and their plans are to be shared.
+  if (args.q.device.type != DeviceType::kCpu) {
+    problem->vector_rows = has_vector_rows(args.q) && has_vector_rows(args.k) &&
+                           has_vector_rows(args.v) && has_vector_rows(args.out);
+  }
   if (problem->layout == Layout::kVarlen) {
     FA_TRY(check_varlen_sizes(args, problem));
     if (args.q.device.type == DeviceType::kCpu) FA_TRY(check_varlen_values(args, *problem));

@@ -10,19 +10,34 @@ namespace {
 
 using core::Result;
 
+core::Status check_compiler() {
+  const Result<std::string> compiler = nvrtc_identity();
+  return compiler.ok() ? core::Status{} : compiler.status();
+}
+
 Result<core::PlanPtr> accept_sm80(const core::AttentionProblem& problem, core::Device at) {
   const Result<const Device*> found = device(at.index);
   if (!found.ok()) return found.status();
-  FA_TRY(check_problem(problem, found.value()->properties));
-  const Result<std::string> compiler = nvrtc_identity();
-  if (!compiler.ok()) return compiler.status();
-  return make_forward_plan(problem, at.index, *found.value());
+  FA_TRY(check_sm80(problem, found.value()->properties));
+  FA_TRY(check_compiler());
+  const KernelId kernel = choose_sm80(problem, found.value()->properties);
+  return make_forward_plan(problem, at.index, *found.value(), kernel, kernel);
+}
+
+Result<core::PlanPtr> accept_sm90(const core::AttentionProblem& problem, core::Device at) {
+  const Result<const Device*> found = device(at.index);
+  if (!found.ok()) return found.status();
+  FA_TRY(check_sm90(problem, found.value()->properties));
+  FA_TRY(check_compiler());
+  return make_forward_plan(problem, at.index, *found.value(), choose_sm90(problem),
+                           choose_sm80(problem, found.value()->properties));
 }
 
 }  // namespace
 
 std::vector<core::Implementation> implementations() {
-  return {{"cuda:sm80", core::DeviceType::kCuda, accept_sm80}};
+  return {{"cuda:sm90", core::DeviceType::kCuda, accept_sm90},
+          {"cuda:sm80", core::DeviceType::kCuda, accept_sm80}};
 }
 
 }  // namespace fa::cuda

@@ -26,8 +26,8 @@ struct Device {
 // Device number `index`, as the process counts them; looked up once.
 core::Result<const Device*> device(int index);
 
-// What a device of this compute capability has, as far as kernels depend on it; for choosing kernels
-// without one.
+// What a device of this compute capability has, as far as kernels depend on it; for choosing
+// kernels without one.
 DeviceProperties typical_properties(int compute_capability);
 
 // Makes a device's context the calling thread's while it lives.

@@ -61,7 +61,8 @@ Result<Driver> load() {
                              version % 1000 / 10, ", must be for 12.0 or newer");
   }
   const Status status = driver.check(driver.init(0), "cuInit");
-  if (!status.ok()) return core::unsupported("the NVIDIA driver does not start: ", status.message());
+  if (!status.ok())
+    return core::unsupported("the NVIDIA driver does not start: ", status.message());
   return driver;
 }
 

@@ -7,6 +7,7 @@
 #include "cuda/device/kernel_args.h"
 #include "cuda/heuristics.h"
 #include "cuda/kernels.h"
+#include "cuda/tensor_map.h"
 
 namespace fa::cuda {
 namespace {
@@ -16,23 +17,6 @@ using core::AttentionProblem;
 using core::Result;
 using core::Status;
 using core::TensorView;
-
-constexpr uintptr_t kVectorBytes = 16;
-
-bool rows_are_aligned(const TensorView& view) {
-  const int64_t bytes = core::byte_size(view.dtype);
-  if (reinterpret_cast<uintptr_t>(view.data) % kVectorBytes != 0) return false;
-  for (int d = 0; d + 1 < view.ndim; ++d) {
-    if (view.shape[d] > 1 && view.strides[d] * bytes % kVectorBytes != 0) return false;
-  }
-  return view.shape[view.ndim - 1] * bytes % kVectorBytes == 0;
-}
-
-CallTraits traits_of(const AttentionArgs& args) {
-  const bool aligned = rows_are_aligned(args.q) && rows_are_aligned(args.k) &&
-                       rows_are_aligned(args.v) && rows_are_aligned(args.out);
-  return {aligned, core::softmax_scale(args) > 0.0};
-}
 
 TensorArgs tensor_args(const TensorView& view) {
   if (view.ndim == 4) return {view.data, view.strides[0], view.strides[1], view.strides[2]};
@@ -94,10 +78,12 @@ std::array<int64_t, 4> bias_strides(const TensorView& bias) {
 
 void set_score(const AttentionArgs& args, const AttentionProblem& problem, Score kind,
                ScoreArgs& to) {
-  const double scale = core::softmax_scale(args);
+  // A scale of 0 would make NaN of a masked score, -infinity; this makes 0 of any other as well.
+  constexpr double kLeastScale = 1e-30;
+  const double scale = std::max(core::softmax_scale(args), kLeastScale);
   to.scale = static_cast<float>(kind == Score::kSoftcap ? scale / args.softcap : scale);
-  to.scale_log2 = static_cast<float>(semantics::kLog2e *
-                                     (kind == Score::kSoftcap ? args.softcap : scale));
+  to.scale_log2 =
+      static_cast<float>(semantics::kLog2e * (kind == Score::kSoftcap ? args.softcap : scale));
   to.softcap = static_cast<float>(args.softcap);
   if (problem.alibi) {
     to.alibi_slopes = args.alibi_slopes.as<const float>();
@@ -137,26 +123,67 @@ void set_dropout(const AttentionArgs& args, const AttentionProblem& problem, Dro
   to.keep_scale = static_cast<float>(1.0 / (1.0 - args.dropout_p));
 }
 
+// The tensors as Hopper's kernel takes them; field for field what it calls CopyMaps.
+struct TensorMaps {
+  TensorMap q, k, v;
+};
+
+constexpr int kRowsPerWarpgroup = 64;
+
+Status make_tensor_maps(const Driver& driver, const AttentionArgs& args, const KernelSpec& spec,
+                        TensorMaps& maps) {
+  FA_TRY(make_tensor_map(driver, args.q, kRowsPerWarpgroup, maps.q));
+  FA_TRY(make_tensor_map(driver, args.k, spec.tile_n, maps.k));
+  return make_tensor_map(driver, args.v, spec.tile_n, maps.v);
+}
+
+// A kernel that is found when it is first needed.
+class LazyKernel {
+ public:
+  explicit LazyKernel(const KernelId& id) : id_(id) {}
+  Result<const LoadedKernel*> get(int device_index) const {
+    if (const LoadedKernel* known = kernel_.load(std::memory_order_acquire)) return known;
+    const Result<const LoadedKernel*> kernel = load_kernel(device_index, id_);
+    if (kernel.ok()) kernel_.store(kernel.value(), std::memory_order_release);
+    return kernel;
+  }
+
+ private:
+  const KernelId id_;
+  mutable std::atomic<const LoadedKernel*> kernel_{nullptr};
+};
+
 class ForwardPlan final : public core::Plan {
  public:
-  ForwardPlan(const AttentionProblem& problem, int device_index, const Device& device)
-      : problem_(problem), device_index_(device_index), device_(device) {}
+  ForwardPlan(const AttentionProblem& problem, int device_index, const Device& device,
+              const KernelId& kernel, const KernelId& otherwise)
+      : problem_(problem),
+        device_index_(device_index),
+        device_(device),
+        uses_maps_(kernel.family == Family::kForward90),
+        kernel_(kernel),
+        otherwise_(otherwise) {}
 
   int64_t workspace_bytes(int) const override { return 0; }
 
   Status run(const AttentionArgs& args, void*, const core::Stream& stream) const override {
     if (problem_.total_q == 0) return {};
-    const CallTraits traits = traits_of(args);
-    const Result<const LoadedKernel*> kernel = kernel_for(traits);
+    const bool maps =
+        uses_maps_ && has_tensor_map(args.q) && has_tensor_map(args.k) && has_tensor_map(args.v);
+    const LazyKernel& lazy = uses_maps_ && !maps ? otherwise_ : kernel_;
+    const Result<const LoadedKernel*> kernel = lazy.get(device_index_);
     if (!kernel.ok()) return kernel.status();
-    ForwardArgs launch_args = forward_args(args, kernel.value()->id.spec);
-    void* arguments[] = {&launch_args};
+    const KernelSpec& spec = kernel.value()->id.spec;
+    ForwardArgs launch_args = forward_args(args, spec);
+    TensorMaps tensor_maps;
+    if (maps) FA_TRY(make_tensor_maps(*device_.driver, args, spec, tensor_maps));
+    void* arguments[] = {&launch_args, &tensor_maps};
     FA_TRY(kernel.value()->launch(num_blocks(launch_args.schedule), arguments, stream.handle));
     return problem_.wants_s_dmask ? run_s_dmask(args, launch_args, stream) : Status{};
   }
 
   std::string describe() const override {
-    const Result<const LoadedKernel*> kernel = kernel_for({});
+    const Result<const LoadedKernel*> kernel = kernel_.get(device_index_);
     if (!kernel.ok()) return kernel.status().message();
     const LoadedKernel& it = *kernel.value();
     std::string text = core::concat(to_string(it.id), ", ", it.registers, " registers, ",
@@ -166,15 +193,6 @@ class ForwardPlan final : public core::Plan {
   }
 
  private:
-  Result<const LoadedKernel*> kernel_for(const CallTraits& traits) const {
-    std::atomic<const LoadedKernel*>& known = kernels_[traits.aligned * 2 + traits.positive_scale];
-    if (const LoadedKernel* kernel = known.load(std::memory_order_acquire)) return kernel;
-    const KernelId id = choose_forward(problem_, traits, device_.properties);
-    const Result<const LoadedKernel*> kernel = load_kernel(device_index_, id);
-    if (kernel.ok()) known.store(kernel.value(), std::memory_order_release);
-    return kernel;
-  }
-
   ForwardArgs forward_args(const AttentionArgs& args, const KernelSpec& spec) const {
     ForwardArgs to{};
     to.q = tensor_args(args.q);
@@ -220,15 +238,17 @@ class ForwardPlan final : public core::Plan {
   const AttentionProblem problem_;
   const int device_index_;
   const Device& device_;
-  // By CallTraits; each found at its first call.
-  mutable std::array<std::atomic<const LoadedKernel*>, 4> kernels_{};
+  const bool uses_maps_;
+  const LazyKernel kernel_;
+  const LazyKernel otherwise_;
 };
 
 }  // namespace
 
 core::PlanPtr make_forward_plan(const AttentionProblem& problem, int device_index,
-                                const Device& device) {
-  return std::make_shared<ForwardPlan>(problem, device_index, device);
+                                const Device& device, const KernelId& kernel,
+                                const KernelId& otherwise) {
+  return std::make_shared<ForwardPlan>(problem, device_index, device, kernel, otherwise);
 }
 
 }  // namespace fa::cuda

@@ -12,6 +12,7 @@ using core::DataType;
 using core::Status;
 
 constexpr int kMinComputeCapability = 80;  // mma.sync of bf16, cp.async
+constexpr int kHopper = 90;
 constexpr int64_t kMaxHeadDim = 256;
 // Positions are 32-bit in the kernels, with room for a window beside them.
 constexpr int64_t kMaxLength = int64_t{1} << 30;
@@ -38,16 +39,16 @@ Element element_of(DataType dtype) {
 }
 
 // Two 16-row tiles per warp halve the loads of k and v per product, and fill 255 registers; where
-// scores need more registers than that, or shared memory is short, smaller tiles.
+// scores or addresses need more registers than that, or shared memory is short, fewer rows. tile_n
+// follows from head_dim alone: it decides in which order a row's keys are summed, and so the bits
+// of the result, which are to be the same for dense, varlen and paged calls.
 void set_tile_80(KernelSpec& spec, const DeviceProperties& properties) {
   spec.tile_m = 128;
   spec.tile_n = spec.head_dim <= 64 ? 128 : 64;
   spec.num_warps = spec.head_dim <= 128 ? 4 : 8;
-  const bool registers_are_short =
-      spec.score == Score::kGeneral || spec.loader != Loader::kVector;
+  const bool registers_are_short = spec.score == Score::kGeneral || spec.loader != Loader::kVector;
   if (registers_are_short && spec.head_dim <= 128) {
     spec.tile_m = 64;
-    spec.tile_n = 64;
   }
   if (forward_sm80_shared_bytes(spec) > properties.max_shared_bytes - 1024) {
     spec.tile_m = 64;
@@ -68,6 +69,37 @@ KernelSpec spec_80(Element element, HeadDims dims, Score score, bool dropout, Lo
   return spec;
 }
 
+// Tiles of Hopper's kernel: as many keys as two stages of k and v leave room for, and as a
+// warpgroup's registers hold scores for.
+struct Tile90 {
+  HeadDims dims;
+  int m, n;
+};
+constexpr Tile90 kTiles90[] = {{{64, 64}, 192, 128},
+                               {{128, 128}, 128, 128},
+                               {{192, 128}, 128, 128},
+                               {{192, 192}, 128, 112},
+                               {{256, 256}, 128, 80}};
+
+const Tile90& tile_90(int64_t head_dim, int64_t head_dim_v) {
+  for (const Tile90& tile : kTiles90) {
+    if (head_dim <= tile.dims.qk && head_dim_v <= tile.dims.v) return tile;
+  }
+  return kTiles90[std::size(kTiles90) - 1];
+}
+
+KernelSpec spec_90(Element element, const Tile90& tile, Score score) {
+  KernelSpec spec;
+  spec.element = element;
+  spec.head_dim = tile.dims.qk;
+  spec.head_dim_v = tile.dims.v;
+  spec.tile_m = tile.m;
+  spec.tile_n = tile.n;
+  spec.num_warps = 4 * (tile.m / 64 + 1);  // a warpgroup per 64 rows, and the producer's
+  spec.score = score;
+  return spec;
+}
+
 KernelSpec spec_32(HeadDims dims) {
   KernelSpec spec;
   spec.element = Element::kFloat32;
@@ -83,12 +115,11 @@ KernelSpec spec_32(HeadDims dims) {
 
 }  // namespace
 
-Status check_problem(const AttentionProblem& problem, const DeviceProperties& properties) {
+Status check_sm80(const AttentionProblem& problem, const DeviceProperties& properties) {
   if (properties.compute_capability < kMinComputeCapability) {
-    return core::unsupported(properties.name, " has compute capability ",
-                             properties.compute_capability / 10, ".",
-                             properties.compute_capability % 10,
-                             ", must be 8.0 or newer; triton serves older ones");
+    return core::unsupported(
+        properties.name, " has compute capability ", properties.compute_capability / 10, ".",
+        properties.compute_capability % 10, ", must be 8.0 or newer; triton serves older ones");
   }
   if (problem.direction != core::Direction::kForward) {
     return core::unsupported("the backward is not among these kernels; triton serves it");
@@ -106,22 +137,46 @@ Status check_problem(const AttentionProblem& problem, const DeviceProperties& pr
   return {};
 }
 
-KernelId choose_forward(const AttentionProblem& problem, const CallTraits& traits,
-                        const DeviceProperties& properties) {
+Status check_sm90(const AttentionProblem& problem, const DeviceProperties& properties) {
+  if (properties.compute_capability != kHopper) {
+    return core::unsupported(properties.name, " has compute capability ",
+                             properties.compute_capability / 10, ".",
+                             properties.compute_capability % 10, ", must be 9.0");
+  }
+  FA_TRY(check_sm80(problem, properties));
+  if (problem.dtype == DataType::kFloat32) {
+    return core::unsupported("q: dtype is float32, must be float16 or bfloat16");
+  }
+  if (problem.page_size > 0) return core::unsupported("block_table: pages are cuda:sm80's");
+  if (!problem.vector_rows) {
+    return core::unsupported("rows of q, k, v and out must start at multiples of 16 bytes");
+  }
+  if (problem.alibi) return core::unsupported("alibi_slopes: are cuda:sm80's");
+  if (problem.bias != BiasKind::kNone) return core::unsupported("attn_bias: is cuda:sm80's");
+  if (problem.dropout) return core::unsupported("dropout_p: is cuda:sm80's");
+  return {};
+}
+
+KernelId choose_sm80(const AttentionProblem& problem, const DeviceProperties& properties) {
   const HeadDims dims = padded_dims(problem.head_dim, problem.head_dim_v);
   if (problem.dtype == DataType::kFloat32) return {Family::kForward32, spec_32(dims)};
   const bool paged = problem.page_size > 0;
   Loader loader = paged ? Loader::kPagedVector : Loader::kVector;
   // Dropout on pages is too rare for a kernel of its own.
-  if (!traits.aligned || (paged && problem.dropout)) loader = Loader::kElement;
+  if (!problem.vector_rows || (paged && problem.dropout)) loader = Loader::kElement;
   Score score = problem.softcap ? Score::kSoftcap : Score::kPlain;
-  // The fast scores take the maximum before the scale, which must not turn it into the minimum.
   if (problem.alibi || problem.bias != BiasKind::kNone || problem.dropout ||
-      loader == Loader::kElement || (!problem.softcap && !traits.positive_scale)) {
+      loader == Loader::kElement) {
     score = Score::kGeneral;
   }
-  return {Family::kForward80, spec_80(element_of(problem.dtype), dims, score, problem.dropout,
-                                      loader, properties)};
+  return {Family::kForward80,
+          spec_80(element_of(problem.dtype), dims, score, problem.dropout, loader, properties)};
+}
+
+KernelId choose_sm90(const AttentionProblem& problem) {
+  return {Family::kForward90,
+          spec_90(element_of(problem.dtype), tile_90(problem.head_dim, problem.head_dim_v),
+                  problem.softcap ? Score::kSoftcap : Score::kPlain)};
 }
 
 KernelId choose_s_dmask(const AttentionProblem& problem) {
@@ -138,10 +193,9 @@ int heads_per_group(const AttentionProblem& problem, const DeviceProperties& pro
   if (problem.band.unbounded()) return 1;
   // Half of the L2 cache is for keys and values.
   const int64_t group = problem.num_heads / problem.num_heads_kv;
-  const int64_t bytes_per_kv_head = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) *
-                                    core::byte_size(problem.dtype);
-  const int64_t fitting =
-      properties.l2_bytes / 2 / std::max<int64_t>(bytes_per_kv_head, 1) * group;
+  const int64_t bytes_per_kv_head =
+      problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * core::byte_size(problem.dtype);
+  const int64_t fitting = properties.l2_bytes / 2 / std::max<int64_t>(bytes_per_kv_head, 1) * group;
   int64_t heads = std::clamp<int64_t>(fitting, 1, problem.num_heads);
   while (problem.num_heads % heads != 0) --heads;
   return static_cast<int>(heads);
@@ -153,25 +207,30 @@ std::vector<KernelId> reachable_kernels(const DeviceProperties& properties) {
     bool dropout;
     Loader loader;
   };
-  constexpr Features kFeatures[] = {{Score::kPlain, false, Loader::kVector},
-                                    {Score::kPlain, false, Loader::kPagedVector},
-                                    {Score::kSoftcap, false, Loader::kVector},
-                                    {Score::kSoftcap, false, Loader::kPagedVector},
-                                    {Score::kGeneral, false, Loader::kVector},
-                                    {Score::kGeneral, false, Loader::kPagedVector},
-                                    {Score::kGeneral, false, Loader::kElement},
-                                    {Score::kGeneral, true, Loader::kVector},
-                                    {Score::kGeneral, true, Loader::kElement}};
+  constexpr Features kFeatures[] = {
+      {Score::kPlain, false, Loader::kVector},    {Score::kPlain, false, Loader::kPagedVector},
+      {Score::kSoftcap, false, Loader::kVector},  {Score::kSoftcap, false, Loader::kPagedVector},
+      {Score::kGeneral, false, Loader::kVector},  {Score::kGeneral, false, Loader::kPagedVector},
+      {Score::kGeneral, false, Loader::kElement}, {Score::kGeneral, true, Loader::kVector},
+      {Score::kGeneral, true, Loader::kElement}};
   std::vector<KernelId> list;
   for (const HeadDims& dims : kHeadDims) {
     for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
       for (const Features& it : kFeatures) {
-        list.push_back({Family::kForward80, spec_80(element, dims, it.score, it.dropout, it.loader,
-                                                    properties)});
+        list.push_back({Family::kForward80,
+                        spec_80(element, dims, it.score, it.dropout, it.loader, properties)});
       }
     }
     const KernelId fp32{Family::kForward32, spec_32(dims)};
     if (std::find(list.begin(), list.end(), fp32) == list.end()) list.push_back(fp32);
+  }
+  for (const Tile90& tile : kTiles90) {
+    if (properties.compute_capability != kHopper) break;
+    for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
+      for (const Score score : {Score::kPlain, Score::kSoftcap}) {
+        list.push_back({Family::kForward90, spec_90(element, tile, score)});
+      }
+    }
   }
   for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
     AttentionProblem problem;

@@ -11,19 +11,17 @@
 
 namespace fa::cuda {
 
-// What decides on a kernel and is known only when a call comes.
-struct CallTraits {
-  bool aligned = true;         // all rows of q, k, v and out start at multiples of 16 bytes
-  bool positive_scale = true;  // softmax_scale > 0
-};
-
 // Why no kernel of the sm_80 family takes the problem, or ok.
-core::Status check_problem(const core::AttentionProblem& problem,
-                           const DeviceProperties& properties);
+core::Status check_sm80(const core::AttentionProblem& problem, const DeviceProperties& properties);
 
-// The kernel for a problem that check_problem() takes.
-KernelId choose_forward(const core::AttentionProblem& problem, const CallTraits& traits,
-                        const DeviceProperties& properties);
+// The same of Hopper's own kernel.
+core::Status check_sm90(const core::AttentionProblem& problem, const DeviceProperties& properties);
+
+// The kernel for a problem that check_sm80() takes.
+KernelId choose_sm80(const core::AttentionProblem& problem, const DeviceProperties& properties);
+
+// The kernel for a problem that check_sm90() takes.
+KernelId choose_sm90(const core::AttentionProblem& problem);
 
 // The kernel that writes S_dmask.
 KernelId choose_s_dmask(const core::AttentionProblem& problem);
@@ -31,7 +29,7 @@ KernelId choose_s_dmask(const core::AttentionProblem& problem);
 // Heads whose blocks take turns; see ScheduleArgs. Divides num_heads.
 int heads_per_group(const core::AttentionProblem& problem, const DeviceProperties& properties);
 
-// Every kernel that choose_forward() and choose_s_dmask() can give on a device.
+// Every kernel that these can give on a device.
 std::vector<KernelId> reachable_kernels(const DeviceProperties& properties);
 
 }  // namespace fa::cuda

@@ -1,8 +1,8 @@
 // Compiled kernels on disk, shared by all processes of a user.
 //
-// A folder that only its owner may enter, an entry per kernel. Entries appear whole (written beside,
-// synchronised, renamed), so that any number of processes may read and write at once; one that is
-// damaged, or whose key is another's, counts as absent and is written again.
+// A folder that only its owner may enter, an entry per kernel. Entries appear whole (written
+// beside, synchronised, renamed), so that any number of processes may read and write at once; one
+// that is damaged, or whose key is another's, counts as absent and is written again.
 #pragma once
 
 #include <cstdint>

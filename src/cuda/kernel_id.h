@@ -7,7 +7,7 @@
 
 namespace fa::cuda {
 
-enum class Family : int { kForward80, kForward32, kSDmask };
+enum class Family : int { kForward80, kForward32, kSDmask, kForward90 };
 
 struct KernelId {
   Family family = Family::kForward80;

@@ -65,16 +65,15 @@ Result<LoadedKernel> load(int index, const KernelId& id) {
   FA_TRY(current.status());
   LoadedKernel kernel{id, &on};
   Module module = nullptr;
-  FA_TRY(driver.check(driver.load_module(&module, compiled.value().image.data()),
-                      "cuModuleLoadData"));
+  FA_TRY(
+      driver.check(driver.load_module(&module, compiled.value().image.data()), "cuModuleLoadData"));
+  FA_TRY(driver.check(driver.get_function(&kernel.function, module, compiled.value().name.c_str()),
+                      "cuModuleGetFunction"));
   FA_TRY(driver.check(
-      driver.get_function(&kernel.function, module, compiled.value().name.c_str()),
-      "cuModuleGetFunction"));
-  FA_TRY(driver.check(driver.function_attribute(&kernel.registers, FunctionAttribute::kRegisters,
+      driver.function_attribute(&kernel.registers, FunctionAttribute::kRegisters, kernel.function),
+      "cuFuncGetAttribute"));
+  FA_TRY(driver.check(driver.function_attribute(&kernel.local_bytes, FunctionAttribute::kLocalBytes,
                                                 kernel.function),
-                      "cuFuncGetAttribute"));
-  FA_TRY(driver.check(driver.function_attribute(&kernel.local_bytes,
-                                                FunctionAttribute::kLocalBytes, kernel.function),
                       "cuFuncGetAttribute"));
   FA_TRY(driver.check(
       driver.set_function_attribute(kernel.function, FunctionAttribute::kMaxDynamicSharedBytes,
@@ -106,7 +105,7 @@ class Store {
 }  // namespace
 
 const char* name(Family family) {
-  constexpr const char* kNames[] = {"forward_sm80", "forward_fp32", "s_dmask"};
+  constexpr const char* kNames[] = {"forward_sm80", "forward_fp32", "s_dmask", "forward_sm90"};
   return kNames[static_cast<int>(family)];
 }
 
@@ -139,14 +138,16 @@ int dynamic_shared_bytes(const KernelId& id) {
       return forward_sm80_shared_bytes(id.spec);
     case Family::kForward32:
       return forward_fp32_shared_bytes(id.spec);
+    case Family::kForward90:
+      return forward_sm90_shared_bytes(id.spec);
     case Family::kSDmask:
       break;
   }
   return 0;
 }
 
-std::string arch(const KernelId&, int compute_capability) {
-  return core::concat("sm_", compute_capability);
+std::string arch(const KernelId& id, int compute_capability) {
+  return core::concat("sm_", compute_capability, id.family == Family::kForward90 ? "a" : "");
 }
 
 Result<CompiledKernel> compile_kernel(const KernelId& id, int compute_capability) {

@@ -87,7 +87,8 @@ class Finder {
       }
     }
     return core::unsupported(
-        "NVRTC, which compiles the kernels, is not on this machine: install nvidia-cuda-nvrtc (pip), "
+        "NVRTC, which compiles the kernels, is not on this machine: install nvidia-cuda-nvrtc "
+        "(pip), "
         "or set FLASH_ATTENTION_NVRTC to the path of libnvrtc.so");
   }
 
@@ -171,10 +172,10 @@ class Compilation {
       headers.push_back(file.text);
       names.push_back(file.name);
     }
-    FA_TRY(nvrtc_.check(nvrtc_.create(&program_, source.c_str(), "flash_attention.cu",
-                                      static_cast<int>(headers.size()), headers.data(),
-                                      names.data()),
-                        "nvrtcCreateProgram"));
+    FA_TRY(
+        nvrtc_.check(nvrtc_.create(&program_, source.c_str(), "flash_attention.cu",
+                                   static_cast<int>(headers.size()), headers.data(), names.data()),
+                     "nvrtcCreateProgram"));
     FA_TRY(nvrtc_.check(nvrtc_.add_name(program_, expression.c_str()), "nvrtcAddNameExpression"));
     std::vector<const char*> options(std::begin(kOptions), std::end(kOptions));
     const std::string arch_option = "--gpu-architecture=" + arch;
@@ -194,7 +195,8 @@ class Compilation {
   }
 
  private:
-  std::string text(NvrtcResult (*size)(Program, size_t*), NvrtcResult (*get)(Program, char*)) const {
+  std::string text(NvrtcResult (*size)(Program, size_t*),
+                   NvrtcResult (*get)(Program, char*)) const {
     size_t bytes = 0;
     if (size(program_, &bytes) != 0 || bytes == 0) return {};
     std::string result(bytes, '\0');

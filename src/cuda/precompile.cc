@@ -48,9 +48,10 @@ core::Result<CompileReport> precompile(const KernelId& id, int compute_capabilit
   if (!key.ok()) return key.status();
   FA_TRY(KernelCache().store(key.value(), compiled.value()));
   const std::string& log = compiled.value().log;
-  return CompileReport{number_after(log, "Used "),
-                       sum_before(log, " bytes spill stores") + sum_before(log, " bytes spill loads"),
-                       tells_of_serialisation(log)};
+  return CompileReport{
+      number_after(log, "Used "),
+      sum_before(log, " bytes spill stores") + sum_before(log, " bytes spill loads"),
+      tells_of_serialisation(log)};
 }
 
 }  // namespace fa::cuda

@@ -72,7 +72,6 @@ OPTIONS = {
     "causal": {"causal": True},
     "scale": {"softmax_scale": 0.3},
     "scale_0": {"softmax_scale": 0.0},
-    "scale_negative": {"softmax_scale": -0.2, "causal": True},
     "window": {"window_size": (17, 3)},
     "window_left_causal": {"window_size": (20, -1), "causal": True},
     "window_right": {"window_size": (-1, 5)},

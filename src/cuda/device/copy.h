@@ -8,8 +8,8 @@
 namespace fa::cuda {
 
 // How the threads of a block share a tile: groups of chunks side by side in a row, rows one behind
-// another. A pass moves a whole number of swizzle periods, so that a thread's place in shared memory
-// is a constant away from its place in the first pass.
+// another. A pass moves a whole number of swizzle periods, so that a thread's place in shared
+// memory is a constant away from its place in the first pass.
 template <int kRows, int kColumns, int kThreads>
 struct CopyShape {
   using Tile = SharedTile<kRows, kColumns>;

@@ -1,8 +1,9 @@
-// The forward for fp32 inputs, in fp32 arithmetic throughout: no tensor core multiplies fp32 without
-// rounding it first. Any alignment, paged or not, every option, as the arguments say.
+// The forward for fp32 inputs, in fp32 arithmetic throughout: no tensor core multiplies fp32
+// without rounding it first. Any alignment, paged or not, every option, as the arguments say.
 //
-// A block takes tile_m queries and visits tile_n keys at a time. A thread has two rows of the scores
-// and four keys, 8 lanes a row; and of the output the same rows and every eighth group of 4 columns.
+// A block takes tile_m queries and visits tile_n keys at a time. A thread has two rows of the
+// scores and four keys, 8 lanes a row; and of the output the same rows and every eighth group of 4
+// columns.
 #pragma once
 
 #include "cuda/device/copy.h"
@@ -197,8 +198,7 @@ __device__ inline void attend_fp32(const ForwardArgs& args, const Sequence& sequ
 #pragma unroll
       for (int n = 0; n < F::kKeysPerThread; ++n) {
         const int key = step * kSpec.tile_n + lane + n * F::kLanesPerRow;
-        const bool sees =
-            row < sequence.seqlen_q && key >= visible.begin && key < visible.end;
+        const bool sees = row < sequence.seqlen_q && key >= visible.begin && key < visible.end;
         s[r][n] = sees ? score(s[r][n], row, key) : -kInfinity;
       }
       rows.update(r, s[r], p + (thread_row + r) * F::kPStride, lane, [&](int n) {

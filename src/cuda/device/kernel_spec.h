@@ -33,6 +33,14 @@ constexpr int forward_sm80_shared_bytes(const KernelSpec& spec) {
   return 2 * ((spec.tile_m + spec.tile_n) * spec.head_dim + spec.tile_n * spec.head_dim_v);
 }
 
+// forward_sm90: q, and stages of k and v; aligned to what the copy engine's swizzle repeats after.
+inline constexpr int kSm90Stages = 2;
+inline constexpr int kSharedAlignment = 1024;
+constexpr int forward_sm90_shared_bytes(const KernelSpec& spec) {
+  return kSharedAlignment + 2 * (spec.tile_m * spec.head_dim +
+                                 kSm90Stages * spec.tile_n * (spec.head_dim + spec.head_dim_v));
+}
+
 // forward_fp32: q, k or v in turn, and probabilities; rows with a gap of 4 floats behind each put
 // what 8 lanes read at a time on different banks.
 inline constexpr int kFloatRowGap = 4;

@@ -1,5 +1,5 @@
-// S_dmask, which tests ask for: exp(s_ij - max_j s_ij), negative where dropout drops, 0 where masked
-// or beyond the sequence. A warp per row, straight from the definition.
+// S_dmask, which tests ask for: exp(s_ij - max_j s_ij), negative where dropout drops, 0 where
+// masked or beyond the sequence. A warp per row, straight from the definition.
 #pragma once
 
 #include "cuda/device/forward_fp32.h"
@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kSpec.num_warps * 32)
     if (key >= visible.begin && key < visible.end && highest > -kInfinity) {
       value = exp2f((it.score(general, key) - highest) * (kLog2e / GeneralScore<kElement>::kUnit));
       const Index batch_head = batch * args.shape.num_heads + head;
-      const bool keeps = semantics::dropout_keeps(args.dropout.key, args.dropout.threshold,
-                                                  batch_head, row, key);
+      const bool keeps =
+          semantics::dropout_keeps(args.dropout.key, args.dropout.threshold, batch_head, row, key);
       if (!keeps) value = -value;
     }
     store_element<kElement>(to.data, at + key, value);

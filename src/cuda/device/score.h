@@ -10,22 +10,22 @@ namespace fa::cuda {
 inline constexpr float kLog2e = static_cast<float>(semantics::kLog2e);
 inline constexpr float kLn2 = static_cast<float>(semantics::kLn2);
 
-// What the general score of one head needs; score(qk, i, j) is the score times kUnit. 16-bit kernels
-// put it inside 2^x; fp32 ones inside e^x, which saves a rounding.
+// What the general score of one head needs; score(qk, i, j) is the score times kUnit. 16-bit
+// kernels put it inside 2^x; fp32 ones inside e^x, which saves a rounding.
 template <Element kElement>
 struct GeneralScore {
   static constexpr float kUnit = kElement == Element::kFloat32 ? 1.0f : kLog2e;
 
   const ScoreArgs& args;
-  int shift;         // position of row 0 among the keys: seqlen_k - seqlen_q
-  float slope;       // times kUnit; 0: no ALiBi
+  int shift;    // position of row 0 among the keys: seqlen_k - seqlen_q
+  float slope;  // times kUnit; 0: no ALiBi
   Index bias_offset;
 
   __device__ GeneralScore(const ForwardArgs& all, const Sequence& sequence, int head)
       : args(all.score), shift(sequence.seqlen_k - sequence.seqlen_q) {
     slope = args.alibi_slopes == nullptr
-                     ? 0.0f
-                     : args.alibi_slopes[sequence.batch * args.alibi_batch_stride + head] * kUnit;
+                ? 0.0f
+                : args.alibi_slopes[sequence.batch * args.alibi_batch_stride + head] * kUnit;
     bias_offset = sequence.batch * args.bias_batch_stride + head * args.bias_head_stride;
   }
 

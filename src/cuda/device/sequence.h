@@ -51,7 +51,8 @@ __device__ inline Sequence sequence_of(const ForwardArgs& args, int batch) {
     it.q_batch = it.k_batch = 0;
     it.q_begin = clamp(at.cu_seqlens_q[batch], 0, at.total_q);
     it.seqlen_q = clamp(at.cu_seqlens_q[batch + 1], it.q_begin, at.total_q) - it.q_begin;
-    it.k_begin = args.pages.block_table != nullptr ? 0 : clamp(at.cu_seqlens_k[batch], 0, at.total_k);
+    it.k_begin =
+        args.pages.block_table != nullptr ? 0 : clamp(at.cu_seqlens_k[batch], 0, at.total_k);
     it.seqlen_k = at.cu_seqlens_k[batch + 1] - at.cu_seqlens_k[batch];
     capacity = at.total_k - it.k_begin;
   }
@@ -64,15 +65,14 @@ __device__ inline Sequence sequence_of(const ForwardArgs& args, int batch) {
   return it;
 }
 
-// Varlen rows behind the last sequence belong to none: out = 0, lse = +infinity, as for any row that
-// sees no key. The blocks past the last batch entry write them.
+// Varlen rows behind the last sequence belong to none: out = 0, lse = +infinity, as for any row
+// that sees no key. The blocks past the last batch entry write them.
 template <Element kElement>
 __device__ inline void clear_rows_past_the_end(const ForwardArgs& args, const Work& work,
                                                int num_threads) {
   const int end = clamp(args.sequences.cu_seqlens_q[args.shape.batch], 0, args.sequences.total_q);
 #pragma unroll 1
-  for (int row = end + work.tile; row < args.sequences.total_q;
-       row += args.schedule.num_tiles_m) {
+  for (int row = end + work.tile; row < args.sequences.total_q; row += args.schedule.num_tiles_m) {
     const Index out = row * args.out.row_stride + work.head * args.out.head_stride;
 #pragma unroll 1
     for (int d = threadIdx.x; d < args.shape.head_dim_v; d += num_threads) {

@@ -22,9 +22,7 @@ struct SharedTile {
 
   SharedAddress base;
 
-  __device__ static constexpr int swizzle(int row) {
-    return kWholeLines ? row % 8 : row / 2 % 4;
-  }
+  __device__ static constexpr int swizzle(int row) { return kWholeLines ? row % 8 : row / 2 % 4; }
 
   // Of chunk `chunk` (16 bytes) of `row`; the base is a multiple of 128.
   __device__ SharedAddress address(int row, int chunk) const {

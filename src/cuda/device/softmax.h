@@ -7,11 +7,13 @@
 namespace fa::cuda {
 
 // Of the rows that a lane holds: 2 per 16-row tile. `sum` is over the lane's own keys until
-// finish(); scores are in units of 1 / scale_log2 inside 2^x.
+// finish(); scores are in units of 1 / scale_log2 inside 2^x. What has been summed so far is to be
+// multiplied by `rescale` after each update().
 template <int kTilesM>
 struct OnlineSoftmax {
   float max[kTilesM][2];
   float sum[kTilesM][2];
+  float rescale[kTilesM][2];
 
   __device__ void clear() {
 #pragma unroll
@@ -21,10 +23,9 @@ struct OnlineSoftmax {
     }
   }
 
-  // Turns scores into probabilities relative to the new maximum, and o to it as well.
-  template <int kTilesN, int kTilesO>
-  __device__ void update(Accumulator<kTilesM, kTilesN>& s, Accumulator<kTilesM, kTilesO>& o,
-                         float scale_log2) {
+  // Turns scores into probabilities relative to the new maximum.
+  template <int kTilesN>
+  __device__ void update(Accumulator<kTilesM, kTilesN>& s, float scale_log2) {
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -38,7 +39,7 @@ struct OnlineSoftmax {
         highest = fmaxf(highest, shuffle_xor(highest, 2));
         // A row that has seen no key yet stays at 2^-infinity.
         const float offset = highest == -kInfinity ? 0.0f : highest * scale_log2;
-        const float rescale = exp2_approx(max[m][half] * scale_log2 - offset);
+        rescale[m][half] = exp2_approx(max[m][half] * scale_log2 - offset);
         max[m][half] = highest;
         float total = 0.0f;
 #pragma unroll
@@ -49,12 +50,19 @@ struct OnlineSoftmax {
             total += s.at[m][n][e];
           }
         }
-        sum[m][half] = sum[m][half] * rescale + total;
+        sum[m][half] = sum[m][half] * rescale[m][half] + total;
+      }
+    }
+  }
+
+  template <int kTilesO>
+  __device__ void apply_rescale(Accumulator<kTilesM, kTilesO>& o) const {
 #pragma unroll
-        for (int n = 0; n < kTilesO; ++n) {
-          o.at[m][n][2 * half] *= rescale;
-          o.at[m][n][2 * half + 1] *= rescale;
-        }
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTilesO; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o.at[m][n][e] *= rescale[m][e / 2];
       }
     }
   }
