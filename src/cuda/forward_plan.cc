@@ -178,7 +178,12 @@ class ForwardPlan final : public core::Plan {
     TensorMaps tensor_maps;
     if (maps) FA_TRY(make_tensor_maps(*device_.driver, args, spec, tensor_maps));
     void* arguments[] = {&launch_args, &tensor_maps};
-    FA_TRY(kernel.value()->launch(num_blocks(launch_args.schedule), arguments, stream.handle));
+    const int64_t blocks = num_blocks(launch_args.schedule);
+    launch_args.schedule.num_blocks = static_cast<int>(std::min(blocks, kMaxBlocks));
+    FA_TRY(kernel.value()->launch(blocks > kMaxBlocks ? blocks
+                                                      : num_launched(problem_, kernel.value()->id,
+                                                                     blocks, device_.properties),
+                                  arguments, stream.handle));
     return problem_.wants_s_dmask ? run_s_dmask(args, launch_args, stream) : Status{};
   }
 
@@ -202,7 +207,7 @@ class ForwardPlan final : public core::Plan {
     to.shape = shape_args(problem_);
     to.schedule.num_tiles_m =
         static_cast<int>(std::max<int64_t>((problem_.seqlen_q + spec.tile_m - 1) / spec.tile_m, 1));
-    to.schedule.heads_per_group = heads_per_group(problem_, device_.properties);
+    to.schedule.heads_per_group = heads_per_group(problem_);
     set_lse(args, problem_, to);
     set_sequences(args, problem_, to);
     set_score(args, problem_, spec.score, to.score);

@@ -27,7 +27,11 @@ KernelId choose_sm90(const core::AttentionProblem& problem);
 KernelId choose_s_dmask(const core::AttentionProblem& problem);
 
 // Heads whose blocks take turns; see ScheduleArgs. Divides num_heads.
-int heads_per_group(const core::AttentionProblem& problem, const DeviceProperties& properties);
+int heads_per_group(const core::AttentionProblem& problem);
+
+// Blocks to launch for `num_blocks` tiles.
+int64_t num_launched(const core::AttentionProblem& problem, const KernelId& kernel,
+                     int64_t num_blocks, const DeviceProperties& properties);
 
 // Every kernel that these can give on a device.
 std::vector<KernelId> reachable_kernels(const DeviceProperties& properties);

@@ -20,8 +20,6 @@ constexpr const char* kElementNames[] = {"float16", "bfloat16", "float32"};
 constexpr const char* kScoreNames[] = {"", " softcap", " general"};
 constexpr const char* kLoaderNames[] = {"", " paged", " unaligned"};
 
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
-
 uint64_t sources_hash() {
   static const uint64_t hash = [] {
     uint64_t value = 0xCBF29CE484222325;

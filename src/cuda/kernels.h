@@ -1,6 +1,7 @@
 // Kernels that are ready to be launched: compiled or taken from the disk, and loaded, once each.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "core/status.h"
@@ -9,6 +10,9 @@
 #include "cuda/nvrtc.h"
 
 namespace fa::cuda {
+
+// Of one launch; more are refused.
+inline constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
 struct LoadedKernel {
   KernelId id;

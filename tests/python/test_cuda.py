@@ -40,15 +40,19 @@ def to_cuda(value: Any) -> Any:
     return value.cuda() if isinstance(value, torch.Tensor) else value
 
 
-def run(function: Any, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]) -> Any:
-    """(out, lse) of a function on the GPU, on the CPU; what `name` refuses is skipped."""
-    on_gpu = {key: to_cuda(value) for key, value in options.items()}
+def serve(function: Any, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]) -> Any:
+    """What a function returns on the GPU; what the implementation refuses is skipped."""
     try:
-        out, lse, _ = function(*map(to_cuda, inputs), return_attn_probs=True, **on_gpu)
+        return function(*map(to_cuda, inputs), **{key: to_cuda(x) for key, x in options.items()})
     except NotImplementedError as error:
         if "cuda:" not in str(error):
             raise
         pytest.skip(f"refused: {str(error).splitlines()[-1]:.100}")
+
+
+def run(function: Any, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]) -> Any:
+    """(out, lse) of a function on the GPU, on the CPU."""
+    out, lse, _ = serve(function, inputs, options | {"return_attn_probs": True})
     torch.cuda.synchronize()
     return out.cpu(), lse.cpu()
 
@@ -295,9 +299,8 @@ def test_strides_meet_the_oracle(name, kind, dtype):
         return wide.cuda()[..., start : start + x.shape[-1]]
 
     q, k, v = tensors(1, 150, 170, dtype=dtype)
-    out, lse, _ = flash_attn_func(*(to_cuda(other(x)) for x in (q, k, v)), return_attn_probs=True)
-    bound = out_bound(q, 170, {})
-    assert_close(out.cpu(), lse.cpu(), dlpack.oracle(q, k, v), bound)
+    out, lse = run(flash_attn_func, tuple(map(other, (q, k, v))), {})
+    assert_close(out, lse, dlpack.oracle(q, k, v), out_bound(q, 170, {}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -310,9 +313,8 @@ def test_dropout_is_the_cpus_bit_for_bit(name, dropout_p, head_dim, dtype):
         q, k, v, dropout_p=dropout_p, causal=True, return_attn_probs=True
     )
     torch.manual_seed(7)
-    out, lse, mask = flash_attn_func(
-        *map(to_cuda, (q, k, v)), dropout_p=dropout_p, causal=True, return_attn_probs=True
-    )
+    options = {"dropout_p": dropout_p, "causal": True, "return_attn_probs": True}
+    out, lse, mask = serve(flash_attn_func, (q, k, v), options)
     assert torch.equal(mask.cpu() < 0, expected_mask < 0)
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
     difference = (mask.cpu().float() - expected_mask.float()).abs()

@@ -16,7 +16,7 @@ import pytest
 
 COMPUTE_CAPABILITIES = [80, 90, 100, 120]
 # Kernels that a device can be asked for, by its compute capability.
-REACHABLE = {80: 135, 90: 135, 100: 135, 120: 135}
+REACHABLE = {80: 135, 90: 159, 100: 135, 120: 135}
 # The two sums per 16 rows that a warp keeps between steps; more is a spill that costs.
 ALLOWED_SPILL = 96
 LINE = re.compile(r"^(\S+): (.*): (\d+) registers, (\d+) bytes spilled(.*)$")
@@ -66,19 +66,27 @@ def test_the_number_of_reachable_kernels(cache, compute_capability):
 
 
 @pytest.fixture(scope="module")
-def reports(cache: Path) -> dict[tuple[str, str], tuple[int, str]]:
+def selection(cache: Path) -> dict[int, list[str]]:
+    """What to compile for each compute capability; all of them together cover every kernel."""
+    listed = {cc: kernels(cache, cc) for cc in COMPUTE_CAPABILITIES}
+    chosen = {
+        cc: [kernel for kernel in list_of if is_hot(kernel) and "bfloat16" in kernel]
+        for cc, list_of in listed.items()
+    }
+    done = {kernel for list_of in chosen.values() for kernel in list_of}
+    everything = dict.fromkeys(kernel for list_of in listed.values() for kernel in list_of)
+    for turn, kernel in enumerate(kernel for kernel in everything if kernel not in done):
+        takers = [cc for cc in COMPUTE_CAPABILITIES if kernel in listed[cc]]
+        chosen[takers[turn % len(takers)]].append(kernel)
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def reports(cache: Path, selection: dict[int, list[str]]) -> dict[tuple[str, str], tuple[int, str]]:
     """(arch, kernel) to (bytes spilled, what else ptxas complains of)."""
 
-    def compile_some(compute_capability: int) -> subprocess.CompletedProcess[str]:
-        turn = COMPUTE_CAPABILITIES.index(compute_capability)
-        wanted = [
-            kernel
-            for index, kernel in enumerate(kernels(cache, compute_capability))
-            if index % len(COMPUTE_CAPABILITIES) == turn
-            or (is_hot(kernel) and "bfloat16" in kernel)
-        ]
-        text = "|".join(wanted)
-        return command(cache, "--precompile", str(compute_capability), "--filter", text)
+    def compile_some(cc: int) -> subprocess.CompletedProcess[str]:
+        return command(cache, "--precompile", str(cc), "--filter", "|".join(selection[cc]))
 
     found = {}
     with ThreadPoolExecutor(2) as pool:
@@ -90,15 +98,10 @@ def reports(cache: Path) -> dict[tuple[str, str], tuple[int, str]]:
     return found
 
 
-def test_every_kernel_compiles(cache, reports):
+def test_every_kernel_compiles(selection, reports):
+    assert len(reports) >= sum(map(len, selection.values()))
     compiled = {kernel for _, kernel in reports}
-    for compute_capability in COMPUTE_CAPABILITIES:
-        missing = [
-            kernel
-            for kernel in kernels(cache, compute_capability)
-            if kernel not in compiled and compute_capability == 90
-        ]
-        assert not missing
+    assert compiled >= {kernel for list_of in selection.values() for kernel in list_of}
 
 
 def test_no_hot_kernel_spills(reports):

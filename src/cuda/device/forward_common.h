@@ -8,8 +8,8 @@
 
 namespace fa::cuda {
 
-// What all threads of a block agree on. It lies in shared memory, because the accumulators leave
-// few registers for it.
+// One tile of rows of one head, as all threads of a block see it. It lies in shared memory, because
+// the accumulators leave few registers for it.
 struct Block {
   Sequence sequence;
   KeySteps steps;
@@ -18,24 +18,15 @@ struct Block {
   int tile_row;
 };
 
-// Fills `block`, for all threads; false where there is no such tile. Blocks behind the last batch
-// entry write the rows that belong to no sequence.
+// Tile `index` of the schedule, which may lie behind its sequence's last row.
 template <KernelSpec kSpec>
-__device__ inline bool begin_block(const ForwardArgs& args, Block& block, int num_threads) {
-  const Work work = work_of(args, blockIdx.x);
-  if (work.batch >= args.shape.batch) {
-    clear_rows_past_the_end<kSpec.element>(args, work, num_threads);
-    return false;
-  }
-  if (threadIdx.x == 0) {
-    const Sequence it = sequence_of(args, work.batch);
-    const int tile_row = work.tile * kSpec.tile_m;
-    const int last_row = min(tile_row + kSpec.tile_m, it.seqlen_q) - 1;
-    block = {it, key_steps<kSpec.tile_n>(args, it, tile_row, last_row), work.head,
-             work.head / args.shape.heads_per_kv, tile_row};
-  }
-  __syncthreads();
-  return block.tile_row < block.sequence.seqlen_q;
+__device__ inline Block block_of(const ForwardArgs& args, int index) {
+  const Work work = work_of(args, index);
+  const Sequence it = sequence_of(args, work.batch);
+  const int tile_row = work.tile * kSpec.tile_m;
+  const int last_row = min(tile_row + kSpec.tile_m, it.seqlen_q) - 1;
+  return {it, key_steps<kSpec.tile_n>(args, it, tile_row, last_row), work.head,
+          work.head / args.shape.heads_per_kv, tile_row};
 }
 
 __device__ inline bool is_masked(const Block& block, int step) {

@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(Forward32<kSpec>::kThreads)
   extern __shared__ __align__(128) float floats[];
   const Work work = work_of(args, blockIdx.x);
   if (work.batch >= args.shape.batch) {
-    clear_rows_past_the_end<Element::kFloat32>(args, work, Forward32<kSpec>::kThreads);
+    clear_rows_past_the_end<Element::kFloat32>(args, work, threadIdx.x, Forward32<kSpec>::kThreads);
     return;
   }
   const Sequence sequence = sequence_of(args, work.batch);

@@ -86,8 +86,16 @@ __global__ void __launch_bounds__(Forward80<kSpec>::kThreads)
     forward_sm80(const __grid_constant__ ForwardArgs args) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ Block block;
-  if (!begin_block<kSpec>(args, block, Forward80<kSpec>::kThreads)) return;
-  attend_tile<kSpec>(args, block, shared_address(shared));
+  const Work work = work_of(args, blockIdx.x);
+  if (work.batch >= args.shape.batch) {
+    clear_rows_past_the_end<kSpec.element>(args, work, threadIdx.x, Forward80<kSpec>::kThreads);
+    return;
+  }
+  if (threadIdx.x == 0) block = block_of<kSpec>(args, blockIdx.x);
+  __syncthreads();
+  if (block.tile_row < block.sequence.seqlen_q) {
+    attend_tile<kSpec>(args, block, shared_address(shared));
+  }
 }
 
 }  // namespace fa::cuda

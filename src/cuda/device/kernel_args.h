@@ -50,11 +50,11 @@ struct PageArgs {
 enum class BiasElement : int { kNone, kOwn, kFloat32, kBoolean };
 
 struct ScoreArgs {
-  float scale;         // kPlain, kGeneral: softmax_scale; kSoftcap: softmax_scale / softcap
-  float scale_log2;    // of a score inside 2^x: log2(e) times softmax_scale (kPlain), softcap
-                       // (kSoftcap) or 1 (kGeneral)
-  float softcap;       // kGeneral; 0: none
-  int bias_is_vector;  // neighbouring keys are neighbouring elements
+  float scale;       // kPlain, kGeneral: softmax_scale; kSoftcap: softmax_scale / softcap
+  float scale_log2;  // of a score inside 2^x: log2(e) times softmax_scale (kPlain), softcap
+                     // (kSoftcap) or 1 (kGeneral)
+  float softcap;     // kGeneral; 0: none
+  int padding;
   const float* alibi_slopes;
   Index alibi_batch_stride;
   const void* bias;
@@ -76,6 +76,8 @@ struct DropoutArgs {
 struct ScheduleArgs {
   int num_tiles_m;  // of the longest sequence
   int heads_per_group;
+  int num_blocks;  // that a launch of one block per tile has; forward_sm90 may have fewer, each of
+                   // which takes every gridDim-th tile
 };
 
 struct ForwardArgs {
@@ -84,7 +86,6 @@ struct ForwardArgs {
   Index lse_batch_stride, lse_head_stride, lse_row_stride;
   ShapeArgs shape;
   ScheduleArgs schedule;
-  int padding;
   SequenceArgs sequences;
   PageArgs pages;
   ScoreArgs score;

@@ -65,20 +65,25 @@ __device__ inline Sequence sequence_of(const ForwardArgs& args, int batch) {
   return it;
 }
 
+// Whatever the array holds, within out.
+__device__ inline int end_of_sequences(const ForwardArgs& args) {
+  return clamp(args.sequences.cu_seqlens_q[args.shape.batch], 0, args.sequences.total_q);
+}
+
 // Varlen rows behind the last sequence belong to none: out = 0, lse = +infinity, as for any row
-// that sees no key. The blocks past the last batch entry write them.
+// that sees no key. `work` is one of those past the last batch entry, which share these rows.
 template <Element kElement>
 __device__ inline void clear_rows_past_the_end(const ForwardArgs& args, const Work& work,
-                                               int num_threads) {
-  const int end = clamp(args.sequences.cu_seqlens_q[args.shape.batch], 0, args.sequences.total_q);
+                                               int thread, int num_threads) {
 #pragma unroll 1
-  for (int row = end + work.tile; row < args.sequences.total_q; row += args.schedule.num_tiles_m) {
+  for (int row = end_of_sequences(args) + work.tile; row < args.sequences.total_q;
+       row += args.schedule.num_tiles_m) {
     const Index out = row * args.out.row_stride + work.head * args.out.head_stride;
 #pragma unroll 1
-    for (int d = threadIdx.x; d < args.shape.head_dim_v; d += num_threads) {
+    for (int d = thread; d < args.shape.head_dim_v; d += num_threads) {
       store_element<kElement>(args.out.data, out + d, 0.0f);
     }
-    if (args.lse != nullptr && threadIdx.x == 0) {
+    if (args.lse != nullptr && thread == 0) {
       args.lse[work.head * args.lse_head_stride + row * args.lse_row_stride] = kInfinity;
     }
   }

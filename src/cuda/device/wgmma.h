@@ -23,8 +23,9 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Pins an accumulator to this place in the program. The compiler does not know that a product writes
-// it later than the instruction says, and may move arithmetic behind a wait that it should fill.
+// Pins an accumulator to this place in the program. The compiler does not know that a product
+// writes it later than the instruction says, and may move arithmetic behind a wait that it should
+// fill.
 template <int kTilesN>
 __device__ inline void pin(Accumulator<1, kTilesN>& c) {
 #pragma unroll
@@ -79,9 +80,6 @@ __device__ inline MatrixDescriptor column_descriptor(SharedAddress address) {
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, "     \
   "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
   "%124, %125, %126, %127"
-#define FA_P88 \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87"
 #define FA_OPERANDS_32 FA_C32(0)
 #define FA_PLACES_32 FA_P32
 #define FA_OPERANDS_40 FA_C32(0), FA_C8(32)
@@ -90,8 +88,6 @@ __device__ inline MatrixDescriptor column_descriptor(SharedAddress address) {
 #define FA_PLACES_56 FA_P32 ", " FA_P40 ", " FA_P56
 #define FA_OPERANDS_64 FA_C64(0)
 #define FA_PLACES_64 FA_P32 ", " FA_P40 ", " FA_P56 ", " FA_P64
-#define FA_OPERANDS_88 FA_C64(0), FA_C16(64), FA_C8(80)
-#define FA_PLACES_88 FA_PLACES_64 ", " FA_P88
 #define FA_OPERANDS_96 FA_C64(0), FA_C32(64)
 #define FA_PLACES_96 FA_P32 ", " FA_P40 ", " FA_P56 ", " FA_P64 ", " FA_P96
 #define FA_OPERANDS_128 FA_C64(0), FA_C64(64)
@@ -115,7 +111,7 @@ template <Element kElement, int kTilesN>
 __device__ inline void product(Accumulator<1, kTilesN>& accumulator, MatrixDescriptor a,
                                MatrixDescriptor b, int add) {
   constexpr int kN = kTilesN * 8;
-  static_assert(kN == 80 || kN == 112 || kN == 128 || kN == 176 || kN == 192);
+  static_assert(kN == 80 || kN == 112 || kN == 128);
   float(&c)[kN / 2] = reinterpret_cast<float(&)[kN / 2]>(accumulator.at);
   if constexpr (kN == 80) {
     if constexpr (kElement == Element::kBFloat16) {
@@ -134,18 +130,6 @@ __device__ inline void product(Accumulator<1, kTilesN>& accumulator, MatrixDescr
       FA_PRODUCT_SS("128", "bf16", FA_PLACES_64, FA_OPERANDS_64, "%64", "%65", "%66");
     } else {
       FA_PRODUCT_SS("128", "f16", FA_PLACES_64, FA_OPERANDS_64, "%64", "%65", "%66");
-    }
-  } else if constexpr (kN == 176) {
-    if constexpr (kElement == Element::kBFloat16) {
-      FA_PRODUCT_SS("176", "bf16", FA_PLACES_88, FA_OPERANDS_88, "%88", "%89", "%90");
-    } else {
-      FA_PRODUCT_SS("176", "f16", FA_PLACES_88, FA_OPERANDS_88, "%88", "%89", "%90");
-    }
-  } else if constexpr (kN == 192) {
-    if constexpr (kElement == Element::kBFloat16) {
-      FA_PRODUCT_SS("192", "bf16", FA_PLACES_96, FA_OPERANDS_96, "%96", "%97", "%98");
-    } else {
-      FA_PRODUCT_SS("192", "f16", FA_PLACES_96, FA_OPERANDS_96, "%96", "%97", "%98");
     }
   }
 }
