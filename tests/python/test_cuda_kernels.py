@@ -13,6 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+
+import flash_attn
 
 COMPUTE_CAPABILITIES = [80, 90, 100, 120]
 # Kernels that a device can be asked for, by its compute capability.
@@ -123,7 +126,7 @@ def test_the_cache_holds_what_was_compiled(cache, reports):
     assert list(cache.iterdir()) == []
 
 
-def test_a_missing_nvrtc_is_named(tmp_path, monkeypatch):
+def test_a_missing_nvrtc_is_named():
     environment = os.environ | {"FLASH_ATTENTION_NVRTC": "/nowhere/libnvrtc.so"}
     program = os.environ.get("FLASH_ATTN_PLUS") or Path(sys.executable).with_name("flash-attn-plus")
     result = subprocess.run(
@@ -133,3 +136,10 @@ def test_a_missing_nvrtc_is_named(tmp_path, monkeypatch):
         text=True,
     )
     assert result.returncode == 1 and "/nowhere/libnvrtc.so" in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has an NVIDIA GPU")
+def test_without_a_gpu_each_implementation_says_why():
+    listed = flash_attn.implementations("cuda")
+    assert [it.name for it in listed] == ["cuda:sm90", "cuda:sm80"]
+    assert all(not it.available and "driver" in it.reason for it in listed)
