@@ -256,12 +256,15 @@ const BadCall kTensorFields[] = {
      },
      {"v:", "cuda:1"}},
     {"q_on_an_unknown_device", kDense, [](Call& c) { c.q.tensor.device_type = 99; }, {"q", "99"}},
-    {"all_on_cuda",
+    {"all_on_a_gpu_that_is_not_there",
      kDense,
      [](Call& c) {
-       for (Spoilable* it : {&c.q, &c.k, &c.v, &c.out, &c.lse}) it->tensor.device_type = FA_CUDA;
+       for (Spoilable* it : {&c.q, &c.k, &c.v, &c.out, &c.lse}) {
+         it->tensor.device_type = FA_CUDA;
+         it->tensor.device_id = 4096;
+       }
      },
-     {"cuda:0"},
+     {"cuda:4096"},
      FA_UNSUPPORTED},
 };
 
