@@ -39,11 +39,7 @@ Status find_all(void* library, Driver& driver) {
   FA_TRY(find(library, "cuFuncGetAttribute", driver.function_attribute));
   FA_TRY(find(library, "cuFuncSetAttribute", driver.set_function_attribute));
   FA_TRY(find(library, "cuLaunchKernel", driver.launch));
-  driver.encode_tensor_map = nullptr;
-  if (!find(library, "cuTensorMapEncodeTiled", driver.encode_tensor_map).ok()) {
-    driver.encode_tensor_map = nullptr;
-  }
-  return {};
+  return find(library, "cuTensorMapEncodeTiled", driver.encode_tensor_map);
 }
 
 Result<Driver> load() {

@@ -24,9 +24,6 @@ bool has_tensor_map(const core::TensorView& view) {
 
 core::Status make_tensor_map(const Driver& driver, const core::TensorView& view, int rows,
                              TensorMap& map) {
-  if (driver.encode_tensor_map == nullptr) {
-    return core::unsupported("the NVIDIA driver is too old for Hopper's copy engine");
-  }
   // Dimensions by what they are: d, row, head, batch. A tensor of rank 3 is one batch entry.
   const int row = view.ndim - 3;
   const int dims[kRank] = {row + 2, row, row + 1, row - 1};

@@ -61,10 +61,6 @@ __device__ inline void copy_box(SharedAddress to, const CopyMap& map, int column
       : "memory");
 }
 
-__device__ inline void prefetch_map(const CopyMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // ---- Named barriers, among whole warps. ----
 
 __device__ inline void named_sync(int id, int num_threads) {
