@@ -161,10 +161,51 @@ CeilingLoops best_loops() {
   return {};
 }
 
+#if FA_CPU_HAS_PAIRS
+// Products of one strip, over and over: operands come from L1, sums stay in registers but for the
+// strip's ends. Returns the operations.
+double multiply_pairs(const PairKernels& pairs, int64_t rows, int64_t columns, int64_t repeats) {
+  constexpr int64_t kDepth = 512;
+  alignas(64) static const uint16_t a[2 * kPairRows * kDepth] = {};
+  alignas(64) static const uint32_t b[4 * kBlockB] = {};
+  alignas(64) float c[4 * kBlockC] = {};
+  const PairProduct product{.a = a,
+                            .a_row_step = kPairRows * kDepth,
+                            .b = b,
+                            .b_depth_step = 0,
+                            .b_column_step = kBlockB,
+                            .c = c,
+                            .c_column_step = rows * kPairColumns,
+                            .rows = rows,
+                            .columns = columns,
+                            .depth = kDepth,
+                            .accumulate = true};
+  constexpr int64_t kStepsPerProduct = 64;  // a step of the other loops is that much shorter
+  pairs.begin();
+  for (int64_t i = 0; i < repeats; i += kStepsPerProduct) pairs.multiply(product);
+  pairs.end();
+  const double products = static_cast<double>((repeats + kStepsPerProduct - 1) / kStepsPerProduct);
+  return 2.0 * products * static_cast<double>(rows * columns * kDepth);
+}
+
+double dot_loop(int64_t repeats) {
+  return multiply_pairs(*avx512_pair_kernels(), kPairRows, 4 * kPairColumns, repeats);
+}
+double tile_loop(int64_t repeats) {
+  return multiply_pairs(*amx_pair_kernels(), 2 * kPairRows, 2 * kPairColumns, repeats);
+}
+#endif
+
 // The loop behind a kind; null where this processor or this build has none.
 core::Result<ArithmeticLoop> arithmetic_loop(std::string_view kind) {
   if (kind == "fp32_fma") return best_loops().multiply_add;
-  if (kind == "bf16_dot" || kind == "amx_bf16") return ArithmeticLoop{nullptr};
+  if (kind == "bf16_dot" || kind == "amx_bf16") {
+#if FA_CPU_HAS_PAIRS
+    if (kind == "bf16_dot" && has_avx512_bf16()) return ArithmeticLoop{dot_loop};
+    if (kind == "amx_bf16" && has_amx_bf16()) return ArithmeticLoop{tile_loop};
+#endif
+    return ArithmeticLoop{nullptr};
+  }
   return core::invalid_argument("kind: is '", kind,
                                 "', must be fp32_fma, bf16_dot, amx_bf16 or memory_read");
 }
