@@ -407,8 +407,9 @@ TEST(C, openmp_runtimes_that_are_not_there_are_named) {
   EXPECT_EQ(fa_use_openmp_runtime("/nowhere/libgomp.so.1"), FA_UNSUPPORTED);
   EXPECT_TRUE(contains(fa_last_error_message(), "/nowhere/libgomp.so.1"));
   EXPECT_EQ(fa_use_openmp_runtime(nullptr), FA_INVALID_ARGUMENT);
-  EXPECT_EQ(fa_add_nvrtc_folder(nullptr), FA_INVALID_ARGUMENT);
   EXPECT_TRUE(contains(fa_last_error_message(), "path"));
+  EXPECT_EQ(fa_add_nvrtc_folder(nullptr), FA_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(fa_last_error_message(), "folder"));
 }
 
 class EnvironmentVariable {
