@@ -10,7 +10,7 @@ import torch
 from torch.autograd import forward_ad as _forward_ad
 from torch.autograd.function import FunctionCtx
 
-from . import _native
+from . import _environment, _native
 
 # The library may have been loaded before PyTorch, by a call on arrays.
 _native.share_threads_with_torch()
@@ -20,12 +20,16 @@ Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # S_dmask's sequence dimensions are rounded up to multiples of this.
 _S_DMASK_MULTIPLE = 128
 
+Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 # Looked up once; a call on a tiny problem is mostly such look-ups.
 _empty = torch.empty
 _empty_like = torch.empty_like
 _contiguous = torch.contiguous_format
 _float32 = torch.float32
 _is_grad_enabled = torch.is_grad_enabled
+# Read once: a call on the CPU may take 8 us in all.
+_native_on_cpu = _environment.native_serves_cpu()
 _Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
 _are_transforms_active = torch._C._are_functorch_transforms_active
@@ -174,8 +178,10 @@ def forward(
 def run_forward(*tensors_and_options: Any) -> None:
     """Writes out, lse and S_dmask; the arguments are those of _arguments."""
     arguments = _arguments(*tensors_and_options)
+    # The CPU's calls go straight to the native library, unless another backend is asked for.
+    serve = _native if arguments[0].is_cpu and _native_on_cpu else _backends()
     try:
-        _native.forward(*arguments)
+        serve.forward(*arguments)
     except _CLARIFIED as error:
         clear = _native.clarify(error, arguments)
         raise clear from (None if clear is error else error)
@@ -217,8 +223,9 @@ def backward(
             offset,
         ),
     )
+    serve = _native if q.is_cpu and _native_on_cpu else _backends()
     try:
-        _native.backward(*arguments)
+        serve.backward(*arguments)
     except _CLARIFIED as error:
         clear = _native.clarify(error, arguments, _native.GRADIENT_ARGUMENTS)
         raise clear from (None if clear is error else error)
@@ -303,6 +310,13 @@ class _NotDifferentiable(torch.autograd.Function):
 
 # Function.apply() without its Python part, which is for functorch's transforms.
 _apply = super(torch.autograd.Function, AttentionFunction).apply
+
+
+def _backends() -> Any:
+    """The implementations in Python, which calls on the CPU need not import."""
+    from . import _backends
+
+    return _backends
 
 
 def _gradient_of(tensor: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
@@ -407,8 +421,9 @@ def run_with_kvcache(
         *kvcache_arguments,
         *_arguments(q, *cache, out, lse, None, attn_bias, learnable_sink, options, 0),
     )
+    serve = _native if q.is_cpu and _native_on_cpu else _backends()
     try:
-        _native.forward_with_kvcache(*arguments)
+        serve.forward_with_kvcache(*arguments)
     except _CLARIFIED as error:
         clear = _native.clarify(error, arguments, _native.KVCACHE_ARGUMENTS)
         raise clear from (None if clear is error else error)

@@ -11,13 +11,10 @@ import ctypes
 import re
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
-
-from . import _environment
 
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _FUNCTIONS = (
@@ -27,6 +24,14 @@ _FUNCTIONS = (
     "forward_oracle",
     "backward_oracle",
     "explain",
+    "explain_with_kvcache",
+    "explain_backward",
+    "validate",
+    "validate_with_kvcache",
+    "validate_backward",
+    "validate_stand_ins",
+    "validate_stand_ins_with_kvcache",
+    "validate_stand_ins_backward",
     "implementations",
     "num_threads",
     "use_openmp_runtime",
@@ -45,7 +50,8 @@ _WITHOUT_GIL = (
     "measure_ceiling",
 )
 
-_DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
+# The kinds of devices that the library may have implementations for, as DLPack numbers them.
+DEVICE_TYPES = {"cpu": 1, "cuda": 2}
 _INT64 = range(-(2**63), 2**63)
 
 # The arguments of forward(), in order, and what each must be.
@@ -117,6 +123,14 @@ backward = _on_first_call("backward")
 forward_oracle = _on_first_call("forward_oracle")
 backward_oracle = _on_first_call("backward_oracle")
 explain = _on_first_call("explain")
+explain_with_kvcache = _on_first_call("explain_with_kvcache")
+explain_backward = _on_first_call("explain_backward")
+validate = _on_first_call("validate")
+validate_with_kvcache = _on_first_call("validate_with_kvcache")
+validate_backward = _on_first_call("validate_backward")
+validate_stand_ins = _on_first_call("validate_stand_ins")
+validate_stand_ins_with_kvcache = _on_first_call("validate_stand_ins_with_kvcache")
+validate_stand_ins_backward = _on_first_call("validate_stand_ins_backward")
 implementations = _on_first_call("implementations")
 num_threads = _on_first_call("num_threads")
 use_openmp_runtime = _on_first_call("use_openmp_runtime")
@@ -147,13 +161,6 @@ def load() -> None:
         share_threads_with_torch()
         for folder in _nvrtc_folders():
             add_nvrtc_folder(folder)
-    if _environment.wants_flaggems():
-        warnings.warn(
-            "FLASH_ATTENTION_USE_FLAGGEMS: the Triton family is not in this version of"
-            " FlashAttention-Plus; the implementations for the tensors' device run instead",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 def _nvrtc_folders() -> list[str]:
@@ -250,11 +257,10 @@ def clarify(
             return TypeError(f"{name}: must be a number, is {_describe(value)}")
         elif kind == "str" and not isinstance(value, str):
             return TypeError(f"{name}: must be a string, is {_describe(value)}")
-    foreign = sorted(name for name in devices if name not in _DLPACK_DEVICES)
-    if foreign and len(devices) == 1:
-        return NotImplementedError(f"no implementation runs on device {foreign[0]!r}")
-    if foreign:
+    if len(devices) > 1:
         return ValueError(f"q, k, v, ...: must be on one device, are on {sorted(devices)}")
+    if not devices <= set(DEVICE_TYPES) and not isinstance(error, RuntimeError):
+        return NotImplementedError(f"no native implementation runs on {sorted(devices)}: {error}")
     return error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
-from . import _native
+from . import _environment, _native
 
 __all__ = ["Implementation", "Oracle", "attention", "explain", "implementations", "oracle"]
 
@@ -78,8 +78,9 @@ def attention(
         dropout_p: in [0, 1).
         dropout_seed, dropout_offset: integers of 64 bits that determine the dropout mask.
         return_lse: whether to return the log-sum-exp too.
-        backend: "cpu", "cpu:avx2", "reference", ...: this implementation or family, or an error;
-            None is FLASH_ATTENTION_BACKEND, or the best that accepts the problem.
+        backend: "cpu", "cpu:avx2", "reference", ..., and for PyTorch's tensors "triton",
+            "flaggems" and "torch": this implementation or family, or an error; None is
+            FLASH_ATTENTION_BACKEND, or the best that accepts the problem.
 
     Returns:
         out; with return_lse=True (out, lse): lse [B, H, Sq] or [H, total_q], fp32, natural
@@ -95,7 +96,7 @@ def attention(
     result = _empty_like(q, _out_shape(q, v), "out") if out is None else out
     lse = _empty_like(q, _lse_shape(q, cu_seqlens_q), "lse", lse=True) if return_lse else None
     _call(
-        _native.forward,
+        _forward,
         q,
         k,
         v,
@@ -154,7 +155,7 @@ def explain(
     """
     q, k, v, attn_bias = (_usable(array) for array in (q, k, v, attn_bias))
     return _call(
-        _native.explain,
+        _explain,
         q,
         k,
         v,
@@ -253,6 +254,27 @@ def implementations(device: str = "cpu") -> list[Implementation]:
     ]
 
 
+def _forward(*arguments: Any) -> None:
+    q, backend = arguments[0], arguments[-1]
+    if _is_torch(q):
+        native = q.is_cpu and _environment.native_serves_cpu()
+        if not native or backend in _environment.PYTHON_BACKENDS:
+            from . import _backends
+
+            return _backends.forward(*arguments)
+    elif _environment.wants_flaggems():
+        _environment.tell_that_native_runs("arrays", "\n  triton: takes PyTorch tensors only")
+    return _native.forward(*arguments)
+
+
+def _explain(*arguments: Any) -> str:
+    if not _is_torch(arguments[0]):
+        return _native.explain(*arguments)
+    from . import _backends
+
+    return _backends.explain(*arguments)
+
+
 def _call(
     function: Any,
     q: Any,
@@ -337,6 +359,11 @@ def _is_numpy(array: Any) -> bool:
     return type(array).__module__ == "numpy"
 
 
+def _is_torch(array: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
 def _usable(array: Any) -> Any:
     """`array`, or a copy where NumPy cannot lend it or its last dimension is not contiguous."""
     if not _is_numpy(array):
@@ -401,5 +428,7 @@ def _longest(given: int | None, cu_seqlens: Any) -> int:
         return 0
     import numpy
 
+    if _is_torch(cu_seqlens):
+        cu_seqlens = cu_seqlens.cpu()
     offsets = numpy.from_dlpack(cu_seqlens) if not _is_numpy(cu_seqlens) else cu_seqlens
     return max(0, int(numpy.diff(offsets).max(initial=0)))

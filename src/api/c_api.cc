@@ -226,6 +226,15 @@ Result<AttentionProblem> read_backward(const fa_attention_args* c_args,
   return core::validate_backward(args);
 }
 
+Status validate(const fa_attention_args* c_args, const fa_attention_gradients* c_gradients,
+                bool values_are_real) {
+  AttentionArgs args;
+  args.values_are_real = values_are_real;
+  const Result<AttentionProblem> problem =
+      c_gradients == nullptr ? read_forward(c_args, args) : read_backward(c_args, c_gradients, args);
+  return problem.status();
+}
+
 // ---- Running ----
 
 constexpr std::align_val_t kWorkspaceAlignment{64};
@@ -574,6 +583,11 @@ fa_status fa_explain(const fa_attention_args* args, char* text, size_t capacity,
     fa::core::AttentionArgs views;
     return fa::api::explain(fa::api::read_forward(args, views), views, args, to);
   });
+}
+
+fa_status fa_validate(const fa_attention_args* args, const fa_attention_gradients* gradients,
+                      int32_t values_are_real) {
+  return guarded([&] { return fa::api::validate(args, gradients, values_are_real != 0); });
 }
 
 void fa_attention_gradients_init(fa_attention_gradients* gradients) {

@@ -114,21 +114,25 @@ struct AttentionCall {
 
 void run_forward(const fa_attention_args& args) { check(fa_forward(&args)); }
 
-void run_with_kvcache(fa_attention_args& args, DLTensor* cache_seqlens,
-                      OptionalTensor cache_batch_idx, OptionalTensor cache_leftpad,
-                      OptionalTensor k_new, OptionalTensor v_new, OptionalTensor rotary_cos,
-                      OptionalTensor rotary_sin, bool rotary_interleaved, int64_t num_splits) {
-  args.cache_seqlens = as_fa_tensor(cache_seqlens);
-  args.cache_batch_idx = as_fa_tensor(cache_batch_idx);
-  args.cache_leftpad = as_fa_tensor(cache_leftpad);
-  args.k_new = as_fa_tensor(k_new);
-  args.v_new = as_fa_tensor(v_new);
-  args.rotary_cos = as_fa_tensor(rotary_cos);
-  args.rotary_sin = as_fa_tensor(rotary_sin);
-  args.rotary_interleaved = rotary_interleaved ? 1 : 0;
-  args.num_splits = num_splits;
-  check(fa_forward(&args));
-}
+// A body over a KV cache, from one over the call's other arguments.
+template <auto kBody>
+struct WithKvcache {
+  static auto call(fa_attention_args& args, DLTensor* cache_seqlens, OptionalTensor cache_batch_idx,
+                   OptionalTensor cache_leftpad, OptionalTensor k_new, OptionalTensor v_new,
+                   OptionalTensor rotary_cos, OptionalTensor rotary_sin, bool rotary_interleaved,
+                   int64_t num_splits) {
+    args.cache_seqlens = as_fa_tensor(cache_seqlens);
+    args.cache_batch_idx = as_fa_tensor(cache_batch_idx);
+    args.cache_leftpad = as_fa_tensor(cache_leftpad);
+    args.k_new = as_fa_tensor(k_new);
+    args.v_new = as_fa_tensor(v_new);
+    args.rotary_cos = as_fa_tensor(rotary_cos);
+    args.rotary_sin = as_fa_tensor(rotary_sin);
+    args.rotary_interleaved = rotary_interleaved ? 1 : 0;
+    args.num_splits = num_splits;
+    return kBody(args);
+  }
+};
 
 fa_attention_gradients gradients_of(OptionalTensor dout, OptionalTensor dq, OptionalTensor dk,
                                     OptionalTensor dv, OptionalTensor d_attn_bias,
@@ -144,11 +148,20 @@ fa_attention_gradients gradients_of(OptionalTensor dout, OptionalTensor dq, Opti
   return gradients;
 }
 
-void run_backward(const fa_attention_args& args, OptionalTensor dout, OptionalTensor dq,
-                  OptionalTensor dk, OptionalTensor dv, OptionalTensor d_attn_bias,
-                  OptionalTensor d_learnable_sink, bool deterministic) {
-  fa_attention_gradients gradients = gradients_of(dout, dq, dk, dv, d_attn_bias, d_learnable_sink);
-  gradients.deterministic = deterministic ? 1 : 0;
+// A body of a backward call, from one over its arguments and its gradients.
+template <auto kBody>
+struct WithGradients {
+  static auto call(const fa_attention_args& args, OptionalTensor dout, OptionalTensor dq,
+                   OptionalTensor dk, OptionalTensor dv, OptionalTensor d_attn_bias,
+                   OptionalTensor d_learnable_sink, bool deterministic) {
+    fa_attention_gradients gradients =
+        gradients_of(dout, dq, dk, dv, d_attn_bias, d_learnable_sink);
+    gradients.deterministic = deterministic ? 1 : 0;
+    return kBody(args, gradients);
+  }
+};
+
+void run_backward(const fa_attention_args& args, const fa_attention_gradients& gradients) {
   check(fa_backward(&args, &gradients));
 }
 
@@ -170,12 +183,38 @@ void run_backward_oracle(const fa_attention_args& args, OptionalTensor dout, Opt
   check(fa_backward_oracle(&args, &gradients, &bounds));
 }
 
-ffi::String run_explain(const fa_attention_args& args) {
+// The text that `write(text, capacity, &needed)` gives.
+template <class Write>
+ffi::String text_of(Write&& write) {
   size_t needed = 0;
-  check(fa_explain(&args, nullptr, 0, &needed));
+  check(write(nullptr, 0, &needed));
   std::string text(needed, '\0');
-  check(fa_explain(&args, text.data(), text.size(), &needed));
+  check(write(text.data(), text.size(), &needed));
   return ffi::String(text.c_str());
+}
+
+ffi::String explain_forward(const fa_attention_args& args) {
+  return text_of([&](char* text, size_t capacity, size_t* needed) {
+    return fa_explain(&args, text, capacity, needed);
+  });
+}
+
+ffi::String explain_backward(const fa_attention_args& args,
+                             const fa_attention_gradients& gradients) {
+  return text_of([&](char* text, size_t capacity, size_t* needed) {
+    return fa_explain_backward(&args, &gradients, text, capacity, needed);
+  });
+}
+
+// The checks alone. Of tensors that stand for others, or of those on a device, no data is read.
+template <bool kReal>
+void validate_forward(const fa_attention_args& args) {
+  check(fa_validate(&args, nullptr, kReal ? 1 : 0));
+}
+
+template <bool kReal>
+void validate_backward(const fa_attention_args& args, const fa_attention_gradients& gradients) {
+  check(fa_validate(&args, &gradients, kReal ? 1 : 0));
 }
 
 using Availability = ffi::Tuple<ffi::String, bool, ffi::String>;
@@ -227,11 +266,26 @@ using CallOf = decltype(deduce<kBody>(kBody));
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, CallOf<run_forward>::call)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_with_kvcache, CallOf<run_with_kvcache>::call)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward, CallOf<run_backward>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_with_kvcache,
+                              CallOf<WithKvcache<run_forward>::call>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward, CallOf<WithGradients<run_backward>::call>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_oracle, CallOf<run_oracle>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_oracle, CallOf<run_backward_oracle>::call)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, CallOf<run_explain>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, CallOf<explain_forward>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain_with_kvcache,
+                              CallOf<WithKvcache<explain_forward>::call>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain_backward,
+                              CallOf<WithGradients<explain_backward>::call>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(validate, CallOf<validate_forward<true>>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(validate_with_kvcache,
+                              CallOf<WithKvcache<validate_forward<true>>::call>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(validate_backward,
+                              CallOf<WithGradients<validate_backward<true>>::call>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(validate_stand_ins, CallOf<validate_forward<false>>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(validate_stand_ins_with_kvcache,
+                              CallOf<WithKvcache<validate_forward<false>>::call>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(validate_stand_ins_backward,
+                              CallOf<WithGradients<validate_backward<false>>::call>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(implementations, list_implementations)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_threads, count_threads)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_openmp_runtime, adopt_openmp_runtime)

@@ -51,6 +51,11 @@ struct AttentionArgs {
   double dropout_p = 0.0;
   uint64_t dropout_seed = 0;
   uint64_t dropout_offset = 0;
+
+  // Lengths, rows and page numbers are checked where they lie on the CPU, unless the caller knows
+  // that the tensors only stand for others.
+  bool values_are_real = true;
+  bool values_are_readable() const { return values_are_real && q.device.type == DeviceType::kCpu; }
 };
 
 // The softmax scale in force: semantics.md's default is D^-1/2.

@@ -414,7 +414,7 @@ Status check_all(const AttentionArgs& args, AttentionProblem* problem) {
   }
   if (problem->layout == Layout::kVarlen) {
     FA_TRY(check_varlen_sizes(args, problem));
-    if (args.q.device.type == DeviceType::kCpu) FA_TRY(check_varlen_values(args, *problem));
+    if (args.values_are_readable()) FA_TRY(check_varlen_values(args, *problem));
   } else if (problem->layout == Layout::kCache) {
     FA_TRY(check_cache(args, problem));
   } else {

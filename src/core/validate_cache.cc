@@ -187,7 +187,7 @@ Status check_cache(const AttentionArgs& args, AttentionProblem* problem) {
   if (args.s_dmask.present()) {
     return invalid_argument("s_dmask: is given, must not be used with a cache");
   }
-  if (args.q.device.type != DeviceType::kCpu) return {};
+  if (!args.values_are_readable()) return {};
   for (int64_t b = 0; b < problem->batch; ++b) FA_TRY(check_row(args, *problem, b));
   return problem->page_size > 0 ? check_page_indices(args, *problem) : Status{};
 }

@@ -2,17 +2,78 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --backend and --device."""
+    parser.addoption("--backend", default="", help="the implementation that the suites run on")
+    parser.addoption("--device", default="", help="where the tensors of the suites are moved to")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Forces the implementation that --backend names, before flash_attn is imported."""
+    config.addinivalue_line("markers", "native: what only the native library promises")
+    if config.getoption("--backend"):
+        os.environ["FLASH_ATTENTION_BACKEND"] = config.getoption("--backend")
+    if config.getoption("--device"):
+        os.environ["FLASH_ATTENTION_CHECK"] = "1"  # wrong lengths and pages are tested too
+        move_calls_to(config.getoption("--device"))
+
+
+def move_calls_to(device: str) -> None:
+    """Makes the public functions move their tensors to a device and their results back."""
+    import flash_attn
+    from flash_attn import dlpack
+
+    def there(x: Any) -> Any:
+        return x.to(device) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x
+
+    def back(x: Any) -> Any:
+        return type(x)(map(back, x)) if isinstance(x, (tuple, list)) else x.cpu()
+
+    def moved(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            bound = inspect.signature(function).bind(*arguments, **options)
+            given = dict(bound.arguments)
+            bound.arguments.update({name: there(x) for name, x in given.items()})
+            results = function(*bound.args, **bound.kwargs)
+            for name in ("k_cache", "v_cache", "out"):  # what is written in place
+                if isinstance(given.get(name), torch.Tensor):
+                    given[name].copy_(bound.arguments[name])
+            return results if isinstance(results, str) else back(results)
+
+        return call
+
+    for name in flash_attn.__all__:
+        if name.startswith("flash_attn_"):
+            setattr(flash_attn, name, moved(getattr(flash_attn, name)))
+    for name in ("attention", "explain"):
+        setattr(dlpack, name, moved(getattr(dlpack, name)))
+        setattr(flash_attn, name, getattr(dlpack, name))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --backend, leaves out what the suites test of the native library alone."""
+    if config.getoption("--backend"):
+        left_out = [item for item in items if item.get_closest_marker("native")]
+        items[:] = [item for item in items if not item.get_closest_marker("native")]
+        config.hook.pytest_deselected(items=left_out)
+
 
 # Tests of gradients turn it on.
 torch.set_grad_enabled(False)

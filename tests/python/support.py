@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,10 @@ LSE_BOUND = 1e-5
 
 
 def available() -> list[str]:
-    """The implementations that this machine can run."""
+    """The implementations that this machine can run; with --backend, that one."""
+    forced = os.environ.get("FLASH_ATTENTION_BACKEND")
+    if forced:
+        return [forced]
     return [it.name for it in flash_attn.implementations() if it.available]
 
 

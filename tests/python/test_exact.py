@@ -74,6 +74,7 @@ def test_tokens_behind_the_last_sequence_are_left_alone(dtype):
     assert same_bits(out[:40], expected[:40])
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_the_number_of_threads_does_not_change_results(dtype, dropout_p):
@@ -95,6 +96,7 @@ def test_the_number_of_threads_does_not_change_results(dtype, dropout_p):
             assert same_bits(out, expected) and same_bits(lse, expected_lse)
 
 
+@pytest.mark.native
 def test_pytorch_and_the_library_share_one_set_of_threads():
     flash_attn_func(*tensors())
     _, source = _native.num_threads()
@@ -129,6 +131,7 @@ def test_calls_from_many_threads_do_not_disturb_one_another():
     assert not wrong
 
 
+@pytest.mark.native
 def test_other_python_threads_run_during_a_call():
     q, k, v = tensors(1, 600, 600, num_heads=4, num_heads_kv=4)
     stop = threading.Event()

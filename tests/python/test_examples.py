@@ -52,5 +52,9 @@ def test_quick_start_runs_where_the_triton_family_is_asked_for(root):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "does not have in this version" in result.stdout
+    explained = [line.split(maxsplit=2) for line in result.stdout.splitlines() if "  " in line]
+    outcomes = {name: outcome for name, outcome, *_ in (x for x in explained if len(x) == 3)}
+    assert outcomes["flaggems"] == "refused" and outcomes["triton"] == "refused"
+    assert "chosen" in outcomes.values()
+    assert "implementation: cpu:" in result.stdout
     assert "PyTorch's attention" in result.stdout

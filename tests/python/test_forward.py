@@ -67,6 +67,7 @@ def test_a_forced_implementation_runs_and_meets_the_oracle(name, dtype, monkeypa
         check_dense(q, k, v, **options)
 
 
+@pytest.mark.native
 def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("FLASH_ATTENTION_BACKEND", "cpu:no_such_thing")
     with pytest.raises(ValueError, match="no_such_thing"):
@@ -132,6 +133,7 @@ def test_packed_equals_unpacked_bitwise(dtype):
     assert same_bits(out, expected)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["window_left_causal"]], ids=str)
 def test_varlen_equals_dense_bitwise(options, dtype):
@@ -225,6 +227,7 @@ def test_strides_do_not_change_results(kind, dtype):
     assert same_bits(flash_attn_func(*other, causal=True), flash_attn_func(q, k, v, causal=True))
 
 
+@pytest.mark.native
 def test_a_bias_of_any_strides():
     q, k, v = tensors()
     bias = torch.randn(2, 4, 97, 65).transpose(2, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -149,6 +150,7 @@ def test_random_dropout_meets_the_oracle(problem, dropout_p, seed):
     check_entry(*problem.tensors, dropout_p=dropout_p, dropout_seed=seed, **problem.options)
 
 
+@pytest.mark.native
 @REPEATABLE
 @given(dense_problems(), st.integers(1, 7))
 def test_random_problems_do_not_depend_on_the_number_of_threads(problem, threads):

@@ -1,0 +1,156 @@
+"""The gradient of attn_bias: dS, summed over the dimensions that the bias was broadcast along."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .backward import gradient_tile
+from .vocabulary import (
+    LOG2E,
+    VARIABLE,
+    keep_mask,
+    load_rows,
+    product,
+    sequence_of_keys,
+    sequence_of_queries,
+)
+
+
+@triton.jit(do_not_specialize=VARIABLE)
+def bias_gradient_kernel(
+    Q,
+    K,
+    V,
+    DOUT,
+    LSE,
+    DELTA,
+    D_BIAS,
+    CU_Q,
+    CU_K,
+    USED_K,
+    SLOPES,
+    BIAS,
+    key0,
+    key1,
+    counter3,
+    stride_q_batch,
+    stride_q,
+    stride_q_head,
+    stride_k_batch,
+    stride_k,
+    stride_k_head,
+    stride_v_batch,
+    stride_v,
+    stride_v_head,
+    stride_dout_batch,
+    stride_dout,
+    stride_dout_head,
+    stride_out_batch,
+    stride_out_head,
+    stride_out_i,
+    stride_out_j,
+    stride_lse_batch,
+    stride_lse_head,
+    stride_slopes,
+    stride_bias_batch,
+    stride_bias_head,
+    stride_bias_i,
+    stride_bias_j,
+    seqlen_q,
+    seqlen_k,
+    batch_size,
+    num_heads,
+    heads_per_kv,
+    blocks_i,
+    blocks_j,
+    scale,
+    softcap,
+    left,
+    right,
+    threshold,
+    keep_scale,
+    OVER_BATCH: tl.constexpr,
+    OVER_HEADS: tl.constexpr,
+    OVER_I: tl.constexpr,
+    OVER_J: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program: (batch, head, block of queries, block of keys) of D_BIAS; it walks through those of
+    the scores that OVER_ says the bias has one entry for. seqlen_q and seqlen_k are the longest."""
+    ALIBI: tl.constexpr = SLOPES is not None
+    program = tl.program_id(0)
+    mine_j = 0 if OVER_J else program % blocks_j
+    program = program if OVER_J else program // blocks_j
+    mine_i = 0 if OVER_I else program % blocks_i
+    program = program if OVER_I else program // blocks_i
+    mine_head = 0 if OVER_HEADS else program % num_heads
+    mine_batch = 0 if OVER_BATCH else (program if OVER_HEADS else program // num_heads)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    heads = num_heads if OVER_HEADS else 1
+    rows = blocks_i if OVER_I else 1
+    columns = blocks_j if OVER_J else 1
+    batches = batch_size if OVER_BATCH else 1
+    for step in tl.range(0, batches * heads * rows * columns):
+        block_j = mine_j + step % columns
+        block_i = mine_i + step // columns % rows
+        head = tl.cast(mine_head + step // columns // rows % heads, tl.int64)
+        batch = mine_batch + step // columns // rows // heads
+        q_begin, len_q = sequence_of_queries(batch, CU_Q, seqlen_q)
+        _, k_begin, len_k = sequence_of_keys(batch, CU_K, USED_K, None, None, None, seqlen_k, 0)
+        batch64 = tl.cast(batch, tl.int64)
+        q_begin = tl.cast(q_begin, tl.int64)
+        k_begin = tl.cast(k_begin, tl.int64)
+        kv_head = head // heads_per_kv
+        q_of = Q + batch64 * stride_q_batch + q_begin * stride_q + head * stride_q_head
+        dout_of = DOUT + batch64 * stride_dout_batch + q_begin * stride_dout
+        dout_of += head * stride_dout_head
+        k_of = K + batch64 * stride_k_batch + k_begin * stride_k + kv_head * stride_k_head
+        v_of = V + batch64 * stride_v_batch + k_begin * stride_v + kv_head * stride_v_head
+        first_i = block_i * BLOCK_M
+        first_j = block_j * BLOCK_N
+        q = load_rows(q_of, first_i, len_q, stride_q, BLOCK_M, D, BLOCK_D, True)
+        dout = load_rows(dout_of, first_i, len_q, stride_dout, BLOCK_M, DV, BLOCK_DV, True)
+        k = load_rows(k_of, first_j, len_k, stride_k, BLOCK_N, D, BLOCK_D, True)
+        v = load_rows(v_of, first_j, len_k, stride_v, BLOCK_N, DV, BLOCK_DV, True)
+        i = first_i + tl.arange(0, BLOCK_M)
+        j = first_j + tl.arange(0, BLOCK_N)
+        row = batch64 * stride_lse_batch + head * stride_lse_head + q_begin
+        lse = tl.load(LSE + row + i, mask=i < len_q, other=float("inf")) * LOG2E
+        delta = tl.load(DELTA + row + i, mask=i < len_q, other=0.0)
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(SLOPES + batch * stride_slopes + head)
+        bias = BIAS + batch64 * stride_bias_batch + head * stride_bias_head
+        kept = True
+        if DROPOUT:
+            batch_head = tl.zeros((BLOCK_M,), tl.int32) + (batch * num_heads + head).to(tl.int32)
+            kept = keep_mask(batch_head, i, first_j, key0, key1, counter3, threshold, BLOCK_N)
+        _, ds, _ = gradient_tile(
+            product(q, tl.trans(k), None, PRECISION),
+            product(dout, tl.trans(v), None, PRECISION),
+            i[:, None], j[None, :], lse[:, None], delta[:, None], kept, len_q, len_k, slope,
+            bias, stride_bias_i, stride_bias_j, scale, softcap, left, right, keep_scale,
+            True, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, False, DROPOUT,
+        )  # fmt: skip
+        total += ds
+    if OVER_I:
+        total = tl.sum(total, 0, keep_dims=True)
+    if OVER_J:
+        total = tl.sum(total, 1, keep_dims=True)
+    i = (tl.arange(0, 1) if OVER_I else mine_i * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    j = (tl.arange(0, 1) if OVER_J else mine_j * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    inside = (i < (1 if OVER_I else seqlen_q)) & (j < (1 if OVER_J else seqlen_k))
+    to = D_BIAS + tl.cast(mine_batch, tl.int64) * stride_out_batch + mine_head * stride_out_head
+    to = to + i.to(tl.int64) * stride_out_i + j.to(tl.int64) * stride_out_j
+    tl.store(to, total.to(D_BIAS.dtype.element_ty), mask=inside)

@@ -1,0 +1,77 @@
+"""The end of a forward in splits: their results, weighed by their shares of the softmax."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .vocabulary import LN2, LOG2E
+
+
+@triton.jit
+def combine_kernel(
+    PARTIAL,
+    PARTIAL_LSE,
+    OUT,
+    LSE,
+    CU_Q,
+    SINK,
+    stride_partial_split,
+    stride_lse_split,
+    stride_out_batch,
+    stride_out,
+    stride_out_head,
+    stride_lse_batch,
+    stride_lse_head,
+    num_tokens,
+    seqlen_q,
+    num_heads,
+    batch_size,
+    num_splits,
+    SPLITS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Program: a token and a head. PARTIAL [splits, tokens, H, Dv], PARTIAL_LSE [splits, H, tokens]
+    in log2, -inf where a split has no visible key."""
+    program = tl.program_id(0)
+    head = program % num_heads
+    token = tl.cast(program // num_heads, tl.int64)
+    batch = token // seqlen_q
+    if CU_Q is not None:
+        batch = token * 0
+        if token >= tl.load(CU_Q + batch_size):
+            return
+    split = tl.arange(0, SPLITS)
+    lse = tl.load(
+        PARTIAL_LSE + split * stride_lse_split + head * num_tokens + token,
+        mask=split < num_splits,
+        other=float("-inf"),
+    )
+    greatest = tl.max(lse, 0)
+    if SINK is not None:
+        sink = tl.load(SINK + head).to(tl.float32) * LOG2E
+        greatest = tl.maximum(greatest, sink)
+    shift = tl.where(greatest == float("-inf"), 0.0, greatest)
+    weight = tl.exp2(lse - shift)
+    total = tl.sum(weight, 0)
+    if SINK is not None:
+        total += tl.exp2(sink - shift)
+    empty = total == 0.0
+    d = tl.arange(0, BLOCK_DV)
+    rows = PARTIAL + (token * num_heads + head) * DV
+    acc = tl.zeros((BLOCK_DV,), tl.float32)
+    for s in range(num_splits):
+        part = tl.load(rows + s * stride_partial_split + d, mask=d < DV, other=0.0)
+        mine = tl.sum(tl.where(split == s, weight, 0.0), 0)
+        acc += part * mine
+    acc = acc / tl.where(empty, 1.0, total)
+    within = token - batch * seqlen_q
+    if CU_Q is not None:
+        within = token
+    out = OUT + batch * stride_out_batch + within * stride_out + head * stride_out_head
+    tl.store(out + d, acc.to(OUT.dtype.element_ty), mask=d < DV)
+    if LSE is not None:
+        log_sum = shift + tl.log2(tl.where(empty, 1.0, total))
+        log_sum = tl.where(empty, float("inf"), log_sum * LN2)
+        tl.store(LSE + batch * stride_lse_batch + head * stride_lse_head + within, log_sum)

@@ -1,0 +1,484 @@
+"""From a validated call to the launches of its kernels.
+
+What is found out about a call, its tiles, grids and strides, makes a plan. It depends on the call's
+metadata alone and is kept by it, so that the next call of its kind only launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+import triton
+
+from .._call import Cache, Call, Gradients, Request
+from .._composition import write_s_dmask, write_sink_gradient
+from . import tiles
+from .arguments import (
+    dims,
+    features,
+    is_boolean,
+    lse_strides,
+    padded,
+    scores,
+    strides,
+    words,
+)
+from .backward import delta_kernel
+from .bias_gradient import bias_gradient_kernel
+from .cache import place_kernel
+from .combine import combine_kernel
+from .forward import forward_kernel
+from .key_gradient import key_gradient_kernel
+from .query_gradient import query_gradient_kernel
+from .tiles import Tile
+
+# Up to so many queries a tile holds all heads that share a head of k and v.
+_MAX_GROUPED_QUERIES = 16
+_MAX_SPLITS = 128
+_DELTA_ROWS = 64
+# From this release on a compiled kernel that is called by itself takes constants too.
+_CALLS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+# Bounded, so that a program that meets a new shape at every call does not grow.
+_MAX_PLANS = 1024
+
+Plan = Callable[[Request], None]
+_plans: dict[Hashable, Plan] = {}
+
+
+def run(request: Request) -> None:
+    """Computes a request: by the plan of its key, where there is one."""
+    with _on_device(request.call.q):
+        plan = _plans.get(request.key)
+        if plan is None:
+            plan = _backward_plan(request) if request.gradients else _forward_plan(request)
+            plan(request)
+            if request.key is not None:
+                if len(_plans) >= _MAX_PLANS:
+                    _plans.clear()
+                _plans[request.key] = plan
+        else:
+            plan(request)
+
+
+def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device."""
+    device = tensor.device
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    module = torch.get_device_module(device.type)
+    if module.current_device() == device.index:
+        return contextlib.nullcontext()
+    return module.device(device)
+
+
+class _Launch:
+    """One kernel with all arguments but the first, those that differ from call to call."""
+
+    def __init__(
+        self, kernel: Any, programs: int, values: dict[str, Any], warps: int, stages: int = 1
+    ) -> None:
+        names = kernel.arg_names
+        self.num_first = sum(name not in values for name in names)
+        assert all(name not in values for name in names[: self.num_first])
+        self.rest = tuple(values[name] for name in names[self.num_first :])
+        self.kernel, self.grid = kernel, (programs, 1, 1)
+        self.options = {"num_warps": warps, "num_stages": stages}
+        self.compiled: Any = None
+
+    def __call__(self, *first: Any) -> None:
+        assert len(first) == self.num_first
+        if self.grid[0] == 0:
+            return
+        if self.compiled is not None:
+            self.compiled[self.grid](*first, *self.rest)
+            return
+        compiled = self.kernel[self.grid](*first, *self.rest, **self.options)
+        if _CALLS_COMPILED and hasattr(compiled, "__getitem__"):
+            self.compiled = compiled
+
+
+def _blocks(length: int, size: int) -> int:
+    return (length + size - 1) // size
+
+
+# ---- Forward. ----
+
+
+def _forward_plan(request: Request) -> Plan:
+    """Launches: the cache's new rows, the forward, and what combines its splits."""
+    call, cache, _, _ = request
+    append = None
+    if cache is not None and cache.k_new is not None:
+        append = _append_plan(call, cache)
+        if _turns(cache):
+            call = call._replace(q=_rotated(call.q))
+    attend = _attend_plan(call, cache) if call.batch and call.q.numel() else None
+
+    def plan(request: Request) -> None:
+        call, cache, _, _ = request
+        if append is not None:
+            call = append(call, cache)
+        if attend is not None:
+            attend(call, cache)
+        if call.s_dmask is not None:
+            write_s_dmask(call)
+
+    return plan
+
+
+def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | None], None]:
+    heads, heads_kv = call.q.size(-2), call.k.size(-2)
+    group = heads // heads_kv
+    decodes = call.longest_q <= _MAX_GROUPED_QUERIES
+    packed = group if decodes else 1
+    rows = call.longest_q * packed
+    values = scores(call) | dims(call) | strides("q", call.q) | strides("k", call.k)
+    values |= strides("v", call.v) | {
+        "stride_table": 0 if call.block_table is None else call.block_table.stride(0),
+        "seqlen_q": call.longest_q,
+        "seqlen_k": call.longest_k if cache is None else cache.seqlen_new,
+        "num_heads": heads,
+        "heads_per_kv": group,
+        "BOOLEAN": is_boolean(call),
+        "GROUP": packed,
+        "PAGE_SIZE": 0 if call.block_table is None else call.k.size(1),
+    }
+
+    def prepare(tile: Tile) -> Callable[[Call, Cache | None], None]:
+        block_m = min(64, max(tile.m, padded(rows))) if decodes else tile.m
+        blocks = _blocks(rows, block_m)
+        programs = call.batch * heads // packed * blocks
+        splits = _num_splits(call, cache, programs, tile.n) if decodes or cache else 1
+        if splits == 1:
+            outputs = strides("out", call.out) | lse_strides(call.lse)
+            outputs |= {"stride_out_split": 0, "stride_lse_split": 0}
+        else:
+            outputs = _workspace_strides(call)
+        launch = _Launch(
+            forward_kernel,
+            programs * splits,
+            values
+            | outputs
+            | {"num_splits": splits, "num_blocks": blocks, "SPLIT": splits > 1}
+            | {"BLOCK_M": block_m, "BLOCK_N": tile.n},
+            tile.warps,
+            tile.stages,
+        )
+        combine = _combine_launch(call, splits) if splits > 1 else None
+
+        def attend(call: Call, cache: Cache | None) -> None:
+            out, lse = (call.out, call.lse) if splits == 1 else _workspaces(call, splits)
+            bias = call.attn_bias
+            launch(
+                *(call.q, call.k, call.v, out, lse),
+                *(call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k),
+                *(
+                    (None,) * 3
+                    if cache is None
+                    else (cache.seqlens, cache.leftpad, cache.batch_idx)
+                ),
+                *(call.block_table, call.alibi_slopes, _bytes(bias), call.learnable_sink),
+                *words(call),
+            )
+            if combine is not None:
+                combine(out, lse, call.out, call.lse, call.cu_seqlens_q, call.learnable_sink)
+
+        return attend
+
+    kind = tiles.DECODE if decodes else tiles.FORWARD
+    return tiles.first_that_fits(
+        kind, call, features(call), prepare, lambda attend: attend(call, cache)
+    )
+
+
+def _bytes(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A boolean bias as bytes."""
+    return bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias
+
+
+def _num_splits(call: Call, cache: Cache | None, programs: int, block_n: int) -> int:
+    """As the call asks; else as many as fill the device's processors twice over."""
+    if cache is not None and cache.num_splits > 0:
+        return cache.num_splits
+    wanted = 2 * tiles.num_processors(call.q.device) // max(1, programs)
+    return max(1, min(wanted, _blocks(call.longest_k, 2 * block_n), _MAX_SPLITS))
+
+
+def _num_tokens(call: Call) -> int:
+    return call.q.size(0) if call.varlen else call.q.size(0) * call.q.size(1)
+
+
+def _workspaces(call: Call, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [splits, tokens, H, Dv] and lse [splits, H, tokens] of each split."""
+    tokens, heads = _num_tokens(call), call.q.size(-2)
+    new = {"dtype": torch.float32, "device": call.q.device}
+    out = torch.empty((splits, tokens, heads, call.v.size(-1)), **new)
+    return out, torch.empty((splits, heads, tokens), **new)
+
+
+def _workspace_strides(call: Call) -> dict[str, int]:
+    tokens, heads, dv = _num_tokens(call), call.q.size(-2), call.v.size(-1)
+    per_entry = 0 if call.varlen else call.q.size(1)
+    return {
+        "stride_out_split": tokens * heads * dv,
+        "stride_out_batch": per_entry * heads * dv,
+        "stride_out": heads * dv,
+        "stride_out_head": dv,
+        "stride_lse_split": heads * tokens,
+        "stride_lse_batch": per_entry,
+        "stride_lse_head": tokens,
+    }
+
+
+def _combine_launch(call: Call, splits: int) -> _Launch:
+    tokens, heads, dv = _num_tokens(call), call.q.size(-2), call.v.size(-1)
+    values = {
+        "stride_partial_split": tokens * heads * dv,
+        "stride_lse_split": heads * tokens,
+        **strides("out", call.out),
+        **lse_strides(call.lse),
+        "num_tokens": tokens,
+        "seqlen_q": call.longest_q,
+        "num_heads": heads,
+        "batch_size": call.batch,
+        "num_splits": splits,
+        "SPLITS": triton.next_power_of_2(splits),
+        "DV": dv,
+        "BLOCK_DV": padded(dv),
+    }
+    return _Launch(combine_kernel, tokens * heads, values, 1 if dv <= 128 else 4)
+
+
+# ---- The KV cache. ----
+
+
+def _turns(cache: Cache) -> bool:
+    return cache.rotary_cos is not None and cache.rotary_cos.numel() > 0
+
+
+def _rotated(q: torch.Tensor) -> torch.Tensor:
+    """Where rotated queries go."""
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _append_plan(call: Call, cache: Cache) -> Callable[[Call, Cache], Call]:
+    """Writes the new keys and values; gives the call with its queries rotated."""
+    moves = min(call.band) >= 0 or max(call.band) >= 0
+    turns = _turns(cache)
+    place_k = _place_launch(call, cache, cache.k_new, call.k, True, turns, True)
+    place_v = _place_launch(call, cache, cache.v_new, call.v, True, False, True)
+    place_q = None
+    if turns:
+        place_q = _place_launch(call, cache, call.q, _rotated(call.q), False, True, moves)
+
+    def append(call: Call, cache: Cache) -> Call:
+        angles = (cache.rotary_cos, cache.rotary_sin) if turns else (None, None)
+        where = (cache.seqlens, cache.batch_idx, call.block_table)
+        place_k(cache.k_new, call.k, *where, *angles)
+        place_v(cache.v_new, call.v, *where, None, None)
+        if place_q is None:
+            return call
+        rotated = _rotated(call.q)
+        place_q(call.q, rotated, cache.seqlens, None, None, *angles)
+        return call._replace(q=rotated)
+
+    return append
+
+
+def _place_launch(
+    call: Call,
+    cache: Cache,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    to_cache: bool,
+    turns: bool,
+    moves: bool,
+) -> _Launch:
+    batch, num_new, heads, dim = source.shape
+    paged = to_cache and call.block_table is not None
+    block, row, head = target.stride()[:3]
+    values = {
+        **strides("from", source),
+        "stride_to_block": block,
+        "stride_to": row,
+        "stride_to_head": head,
+        "stride_table": call.block_table.stride(0) if paged else 0,
+        "stride_cos": cache.rotary_cos.stride(0) if turns else 0,
+        "stride_sin": cache.rotary_sin.stride(0) if turns else 0,
+        "num_heads": heads,
+        "num_new": num_new,
+        "capacity": call.longest_k if to_cache else num_new,
+        "num_rows": target.size(0),
+        "num_angles": cache.rotary_cos.size(0) if turns else 0,
+        "TO_CACHE": to_cache,
+        "MOVES": moves,
+        "INTERLEAVED": bool(cache.rotary_interleaved),
+        "HALF": cache.rotary_cos.size(1) if turns else 1,
+        "PAGE_SIZE": target.size(1) if paged else 0,
+        "D": dim,
+        "BLOCK_D": padded(dim),
+    }
+    return _Launch(place_kernel, batch * num_new * heads, values, 1)
+
+
+# ---- Backward. ----
+
+
+def _backward_plan(request: Request) -> Plan:
+    """Launches: delta, dK and dV, dQ, and the gradient of attn_bias."""
+    call, _, gradients, _ = request
+    values = scores(call) | dims(call) | strides("q", call.q) | strides("k", call.k)
+    values |= strides("v", call.v) | strides("dout", gradients.dout) | lse_strides(call.lse)
+    values |= {
+        "seqlen_q": call.longest_q,
+        "seqlen_k": call.longest_k,
+        "num_heads": call.q.size(-2),
+        "heads_per_kv": call.q.size(-2) // call.k.size(-2),
+    }
+    make_delta = _delta_launch(call, gradients)
+    delta = torch.empty_like(call.lse)
+    make_delta(call.out, gradients.dout, delta, call.cu_seqlens_q)
+    launches = [
+        _key_gradient_plan(call, gradients, values, delta),
+        _query_gradient_plan(call, gradients, values, delta),
+    ]
+    if gradients.d_attn_bias is not None:
+        launches.append(_bias_gradient_plan(call, gradients, values, delta))
+
+    def plan(request: Request) -> None:
+        call, _, gradients, _ = request
+        if call.varlen:  # rows that belong to no sequence, and keys that are not in use
+            for gradient in (gradients.dq, gradients.dk, gradients.dv):
+                gradient.zero_()
+        delta = torch.empty_like(call.lse)
+        make_delta(call.out, gradients.dout, delta, call.cu_seqlens_q)
+        for launch in launches:
+            launch(call, gradients, delta)
+        if gradients.d_learnable_sink is not None:
+            write_sink_gradient(call, gradients, delta.transpose(-1, -2))
+
+    return plan
+
+
+def _delta_launch(call: Call, gradients: Gradients) -> _Launch:
+    blocks, dv = _blocks(call.longest_q, _DELTA_ROWS), call.v.size(-1)
+    values = {
+        **strides("out", call.out),
+        **strides("dout", gradients.dout),
+        **lse_strides(call.lse),
+        "seqlen_q": call.longest_q,
+        "num_heads": call.q.size(-2),
+        "num_blocks": blocks,
+        "DV": dv,
+        "BLOCK_DV": padded(dv),
+        "BLOCK_M": _DELTA_ROWS,
+    }
+    return _Launch(delta_kernel, call.batch * call.q.size(-2) * blocks, values, 4)
+
+
+GradientLaunch = Callable[[Call, Gradients, torch.Tensor], None]
+
+
+def _gradient_plan(
+    kind: str,
+    call: Call,
+    gradients: Gradients,
+    delta: torch.Tensor,
+    kernel: Any,
+    outputs: Callable[[Gradients], tuple[torch.Tensor, ...]],
+    of_tile: Callable[[Tile], tuple[int, dict[str, Any]]],
+) -> GradientLaunch:
+    """A launch of `kernel`; of_tile gives the number of programs and the arguments."""
+
+    def prepare(tile: Tile) -> GradientLaunch:
+        programs, values = of_tile(tile)
+        values = values | {"BLOCK_M": tile.m, "BLOCK_N": tile.n}
+        launch = _Launch(kernel, programs, values, tile.warps, tile.stages)
+
+        def run(call: Call, gradients: Gradients, delta: torch.Tensor) -> None:
+            launch(
+                *(call.q, call.k, call.v, gradients.dout, call.lse, delta),
+                *outputs(gradients),
+                *(call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k),
+                *(call.alibi_slopes, _bytes(call.attn_bias), *words(call)),
+            )
+
+        return run
+
+    return tiles.first_that_fits(
+        kind, call, features(call), prepare, lambda run: run(call, gradients, delta)
+    )
+
+
+def _key_gradient_plan(
+    call: Call, gradients: Gradients, values: dict[str, Any], delta: torch.Tensor
+) -> GradientLaunch:
+    values = values | strides("dk", gradients.dk) | strides("dv", gradients.dv)
+
+    def of_tile(tile: Tile) -> tuple[int, dict[str, Any]]:
+        blocks = _blocks(call.longest_k, tile.n)
+        own = {"num_blocks": blocks, "BOOLEAN": is_boolean(call)}
+        return call.batch * call.k.size(-2) * blocks, values | own
+
+    return _gradient_plan(
+        tiles.KEY_GRADIENT,
+        call,
+        gradients,
+        delta,
+        key_gradient_kernel,
+        lambda gradients: (gradients.dk, gradients.dv),
+        of_tile,
+    )
+
+
+def _query_gradient_plan(
+    call: Call, gradients: Gradients, values: dict[str, Any], delta: torch.Tensor
+) -> GradientLaunch:
+    values = values | strides("dq", gradients.dq)
+
+    def of_tile(tile: Tile) -> tuple[int, dict[str, Any]]:
+        blocks = _blocks(call.longest_q, tile.m)
+        own = {"num_blocks": blocks, "BOOLEAN": is_boolean(call)}
+        return call.batch * call.q.size(-2) * blocks, values | own
+
+    return _gradient_plan(
+        tiles.QUERY_GRADIENT,
+        call,
+        gradients,
+        delta,
+        query_gradient_kernel,
+        lambda gradients: (gradients.dq,),
+        of_tile,
+    )
+
+
+def _bias_gradient_plan(
+    call: Call, gradients: Gradients, values: dict[str, Any], delta: torch.Tensor
+) -> GradientLaunch:
+    bias = gradients.d_attn_bias[(None,) * (4 - gradients.d_attn_bias.dim())]
+    over = [size == 1 for size in bias.shape]
+    names = ("batch", "head", "i", "j")
+    values = values | {f"stride_out_{name}": s for name, s in zip(names, bias.stride())}
+    values |= {f"OVER_{n}": o for n, o in zip(("BATCH", "HEADS", "I", "J"), over)}
+
+    def of_tile(tile: Tile) -> tuple[int, dict[str, Any]]:
+        blocks_i = _blocks(call.longest_q, tile.m)
+        blocks_j = _blocks(call.longest_k, tile.n)
+        programs = 1
+        for summed, size in zip(over, (call.batch, call.q.size(-2), blocks_i, blocks_j)):
+            programs *= 1 if summed else size
+        own = {"blocks_i": blocks_i, "blocks_j": blocks_j, "batch_size": call.batch}
+        return programs, values | own
+
+    return _gradient_plan(
+        tiles.BIAS_GRADIENT,
+        call,
+        gradients,
+        delta,
+        bias_gradient_kernel,
+        lambda gradients: (gradients.d_attn_bias,),
+        of_tile,
+    )

@@ -1,0 +1,215 @@
+"""What the Triton kernels are made of: where a sequence lies, tiles of it, scores, dropout's mask.
+
+A kernel's tile of scores has its queries along one axis and its keys along the other. `i` and `j`
+are positions within the sequence, shaped to broadcast to the tile, so that one function serves both
+orientations. Scores are in units of log2, so that a probability is one exp2. Options that a call
+does not use are None, or False, at compile time, and leave no trace.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter multiplies the bits of bf16 as if they were integers.
+WIDENS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+KEYS_PER_DRAW = tl.constexpr(8)
+# Arguments whose values make no better code: a kernel is not compiled anew for each kind of them.
+VARIABLE = (
+    *("seqlen_q", "seqlen_k", "num_heads", "num_splits", "num_blocks", "blocks_i", "blocks_j"),
+    *("batch_size", "left", "right", "key0", "key1", "counter3", "threshold"),
+)
+
+
+# ---- Where a sequence lies. ----
+
+
+@triton.jit
+def sequence_of_queries(batch, CU_Q, seqlen_q):
+    """(first token, number of queries) of sequence `batch`; dense: from 0 within its entry."""
+    begin = 0
+    length = seqlen_q
+    if CU_Q is not None:
+        begin = tl.load(CU_Q + batch)
+        length = tl.load(CU_Q + batch + 1) - begin
+    return begin, length
+
+
+@triton.jit
+def sequence_of_keys(batch, CU_K, USED_K, CACHED, LEFTPAD, ROW, seqlen_k, PAGE_SIZE: tl.constexpr):
+    """(entry of k, first token in it, number of keys) of sequence `batch`. With a cache, seqlen_k
+    tokens have been appended to those that it held."""
+    row = batch
+    begin = 0
+    length = seqlen_k
+    if CU_K is not None:
+        begin = tl.load(CU_K + batch)
+        length = tl.load(CU_K + batch + 1) - begin
+        if USED_K is not None:
+            length = tl.load(USED_K + batch)
+        if PAGE_SIZE > 0:
+            begin = 0
+    if CACHED is not None:
+        length = tl.load(CACHED + batch) + seqlen_k
+        if LEFTPAD is not None:
+            begin = tl.load(LEFTPAD + batch)
+            length -= begin
+        if ROW is not None:
+            row = tl.load(ROW + batch)
+    return row, begin, length
+
+
+@triton.jit
+def load_rows(
+    base,
+    start,
+    length,
+    stride,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Rows start to start + ROWS of a matrix whose rows have DIM elements: [ROWS, BLOCK_DIM]. With
+    MASKED rows from `length` on are zeros; padded columns always are."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_DIM)
+    pointers = base + tl.cast(start, tl.int64) * stride + row[:, None] * stride + column[None, :]
+    if MASKED:
+        inside = (start + row < length)[:, None]
+        if DIM < BLOCK_DIM:
+            inside = inside & (column < DIM)[None, :]
+        return tl.load(pointers, mask=inside, other=0.0)
+    if DIM < BLOCK_DIM:
+        return tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def load_paged_rows(
+    base,
+    start,
+    length,
+    stride_block,
+    stride,
+    PAGES,
+    begin,
+    PAGE_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """load_rows of a sequence that begins at token `begin` of the pages at PAGES."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_DIM)
+    token = begin + start + row
+    inside = start + row < length
+    page = tl.load(PAGES + token // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+    offset = page * stride_block + (token % PAGE_SIZE) * stride
+    inside = inside[:, None] & (column < DIM)[None, :]
+    return tl.load(base + offset[:, None] + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """a b, added to acc where that is not None, in fp32."""
+    if WIDENS:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+# ---- Scores. ----
+
+
+@triton.jit
+def tanh(x):
+    """By the exponential; near 0, where that would cancel, by the series."""
+    square = x * x
+    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    small = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    large = (1.0 - small) / (1.0 + small)
+    return tl.where(tl.abs(x) < 0.15, series, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def softcap_tanh(product, scale, softcap):
+    """tanh(scale * product / softcap), of which a capped score is softcap times."""
+    return tanh(product * (scale / softcap))
+
+
+@triton.jit
+def is_visible(i, j, len_q, len_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Which keys j the queries i see, aligned to the bottom right corner."""
+    visible = (j < len_k) & (i < len_q)
+    distance = i + (len_k - len_q) - j
+    if HAS_LEFT:
+        visible = visible & (distance <= left)
+    if HAS_RIGHT:
+        visible = visible & (distance >= -right)
+    return visible
+
+
+@triton.jit
+def add_bias(
+    scores,
+    i,
+    j,
+    len_q,
+    len_k,
+    slope,
+    BIAS,
+    stride_bias_i,
+    stride_bias_j,
+    ALIBI: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+):
+    """ALiBi's distance and attn_bias, on scores in log2. BIAS points at the head's entry."""
+    if ALIBI:
+        distance = tl.abs(i + (len_k - len_q) - j).to(tl.float32)
+        scores -= slope * LOG2E * distance
+    if BIAS is not None:
+        offset = i.to(tl.int64) * stride_bias_i + j.to(tl.int64) * stride_bias_j
+        bias = tl.load(BIAS + offset, mask=(i < len_q) & (j < len_k), other=0)
+        if BOOLEAN:
+            scores = tl.where(bias != 0, scores, float("-inf"))
+        else:
+            scores += bias.to(tl.float32) * LOG2E
+    return scores
+
+
+# ---- Dropout. ----
+
+
+@triton.jit
+def interleave(a, b, c, d, e, f, g, h):
+    """The elements of eight [M, N / 8] in turn: [M, N]."""
+    low = tl.join(tl.join(a, e), tl.join(c, g))
+    high = tl.join(tl.join(b, f), tl.join(d, h))
+    both = tl.join(low, high)
+    return tl.reshape(both, (a.shape[0], a.shape[1] * 8))
+
+
+@triton.jit
+def keep_mask(batch_head, i, first_j, key0, key1, counter3, threshold, KEYS: tl.constexpr):
+    """Where dropout keeps the probabilities of queries i [M] and keys first_j to first_j + KEYS,
+    [M, KEYS]: Philox-4x32-10 (Salmon et al., SC 2011) as src/core/semantics.h has it. batch_head is
+    [M]; first_j is a multiple of 8."""
+    draw = first_j // KEYS_PER_DRAW + tl.arange(0, KEYS // KEYS_PER_DRAW)
+    zero = tl.zeros((i.shape[0], KEYS // KEYS_PER_DRAW), tl.uint32)
+    w0, w1, w2, w3 = tl.philox_impl(
+        zero + draw.to(tl.uint32)[None, :],
+        zero + i.to(tl.uint32)[:, None],
+        zero + batch_head.to(tl.uint32)[:, None],
+        zero + counter3.to(tl.uint32, bitcast=True),
+        zero + key0.to(tl.uint32, bitcast=True),
+        zero + key1.to(tl.uint32, bitcast=True),
+    )
+    bits = interleave(
+        w0 & 0xFFFF, w0 >> 16, w1 & 0xFFFF, w1 >> 16, w2 & 0xFFFF, w2 >> 16, w3 & 0xFFFF, w3 >> 16
+    )
+    return bits.to(tl.int32) < threshold

@@ -1,0 +1,101 @@
+"""The Triton kernels: compiled for GPUs that are not there, and interpreted on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is in requirements-dev.txt")
+
+from triton_targets import TARGETS, call, launches_compile
+
+from flash_attn._call import Cache, Gradients, Request
+from flash_attn.triton import launch
+
+HERE = Path(__file__).parent
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def launch_all_kernels() -> None:
+    """Every kernel once; the forward also over pages in splits."""
+    plain = call(64, torch.bfloat16, attn_bias=torch.zeros(1, 1, 256, 256))
+    bias = plain.attn_bias
+    gradients = Gradients(plain.out, plain.q, plain.k, plain.v, bias, None, False)
+    launch.run(Request(plain))
+    launch.run(Request(plain, gradients=gradients))
+
+    pages = plain.k.view(16, 16, 2, 64)
+    q, new, angles = plain.q[:, :1], pages[:1, :1], torch.zeros(256, 8)
+    cache = Cache(int32(200), None, int32(3), new, new, angles, angles, True, 4)
+    table = torch.arange(16, dtype=torch.int32)[None]
+    paged = plain._replace(q=q, k=pages, v=pages, out=q, lse=None, block_table=table)
+    launch.run(Request(paged._replace(attn_bias=None), cache))
+
+
+def launch_with_every_option() -> None:
+    """The forward and the backward with all options at once."""
+    full = call(
+        24,
+        torch.float16,
+        window_left=100,
+        softcap=10.0,
+        dropout_p=0.1,
+        alibi_slopes=torch.zeros(4),
+        attn_bias=torch.zeros(256, 256, dtype=torch.bool),
+        learnable_sink=torch.zeros(4),
+    )
+    gradients = Gradients(full.out, full.q, full.k, full.v, None, None, False)
+    launch.run(Request(full))
+    launch.run(Request(full, gradients=gradients))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_kernel_compiles(name):
+    # In full for the GPU that its tiles were measured on.
+    with launches_compile(TARGETS[name], 128 if name == "sm_90" else 32) as compiled:
+        launch_all_kernels()
+    names = {kernel.name for kernel in compiled}
+    assert names == {
+        "forward_kernel",
+        "combine_kernel",
+        "place_kernel",
+        "delta_kernel",
+        "key_gradient_kernel",
+        "query_gradient_kernel",
+        "bias_gradient_kernel",
+    }
+    assert all(kernel.binary for kernel in compiled)
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+def test_every_option_compiles(name):
+    with launches_compile(TARGETS[name], 32) as compiled:
+        launch_with_every_option()
+    assert all(kernel.binary for kernel in compiled)
+
+
+def test_the_suites_hold_in_the_interpreter():
+    """A sample of each, in fp32 and fp16; `pytest --backend triton --device cuda` runs them whole.
+
+    Triton's interpreter rounds to bf16 by cutting bits off, which is not within the bounds."""
+    sample = (
+        "(dense_meets and (window or everything) or head_dim and 3-5 or empty_problems"
+        " or without_visible or pages_equal or dense_gradients and (dropout or alibi)"
+        " or attn_bias_has and shape1 or sink_has or nan_past or dropout_meets and 0.5"
+        " or token_by_token and 16 and halves and dtype1 or rows_and_left)"
+        " and not bfloat16 and not dtype2"
+    )
+    files = ["forward", "backward", "exact", "kvcache", "dropout"]
+    command = [sys.executable, "-m", "pytest", "-q", "--backend", "triton", "-k", sample]
+    command += ["-W", "ignore::RuntimeWarning", *(str(HERE / f"test_{f}.py") for f in files)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
