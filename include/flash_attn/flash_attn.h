@@ -180,10 +180,11 @@ FA_API fa_status fa_explain_backward(const fa_attention_args* args,
                                      size_t capacity, size_t* needed);
 
 /* The checks of fa_forward(), or with `gradients` of fa_backward(), and nothing else: for those who
- * compute a call by other means. On any device, CPU or not. Where `values_are_real` is 0 the tensors
- * stand for others: lengths, rows and page numbers are not looked at, nor any other data. */
-FA_API fa_status fa_validate(const fa_attention_args* args,
-                             const fa_attention_gradients* gradients, int32_t values_are_real);
+ * compute a call by other means. On any device, CPU or not. Where `values_are_real` is 0 the
+ * tensors stand for others: lengths, rows and page numbers are not looked at, nor any other data.
+ */
+FA_API fa_status fa_validate(const fa_attention_args* args, const fa_attention_gradients* gradients,
+                             int32_t values_are_real);
 
 /* The names of the implementations for a device type, best first; NULL past the end. */
 FA_API const char* fa_implementation_name(int32_t device_type, int32_t index);

@@ -123,7 +123,7 @@ def _serve(kind: Kind, arguments: tuple[Any, ...]) -> None:
             continue
         if candidate == _NATIVE:
             _environment.tell_that_native_runs(str(request.call.q.device), "".join(refusals))
-        elif key is not None:
+        if key is not None:
             if len(_taken) >= _MAX_TAKEN:
                 _taken.clear()
             _taken[key] = candidate

@@ -62,9 +62,9 @@ def autotunes() -> bool:
 
 
 def cache_folder() -> Path:
-    """Where what was measured is kept: FLASH_ATTENTION_CACHE, or a folder of the user's cache."""
-    given = os.environ.get("FLASH_ATTENTION_CACHE")
+    """Where what was measured is kept, and the native library's kernels are."""
+    given = os.environ.get("FLASH_ATTENTION_CACHE_DIR")
     if given:
         return Path(given)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "flash_attention_plus"
+    return Path(home) / "flash-attention-plus"

@@ -230,8 +230,9 @@ Status validate(const fa_attention_args* c_args, const fa_attention_gradients* c
                 bool values_are_real) {
   AttentionArgs args;
   args.values_are_real = values_are_real;
-  const Result<AttentionProblem> problem =
-      c_gradients == nullptr ? read_forward(c_args, args) : read_backward(c_args, c_gradients, args);
+  const Result<AttentionProblem> problem = c_gradients == nullptr
+                                               ? read_forward(c_args, args)
+                                               : read_backward(c_args, c_gradients, args);
   return problem.status();
 }
 

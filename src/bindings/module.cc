@@ -266,16 +266,14 @@ using CallOf = decltype(deduce<kBody>(kBody));
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, CallOf<run_forward>::call)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_with_kvcache,
-                              CallOf<WithKvcache<run_forward>::call>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_with_kvcache, CallOf<WithKvcache<run_forward>::call>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward, CallOf<WithGradients<run_backward>::call>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_oracle, CallOf<run_oracle>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_oracle, CallOf<run_backward_oracle>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, CallOf<explain_forward>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain_with_kvcache,
                               CallOf<WithKvcache<explain_forward>::call>::call)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain_backward,
-                              CallOf<WithGradients<explain_backward>::call>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain_backward, CallOf<WithGradients<explain_backward>::call>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(validate, CallOf<validate_forward<true>>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(validate_with_kvcache,
                               CallOf<WithKvcache<validate_forward<true>>::call>::call)

@@ -372,6 +372,15 @@ TEST(C, errors_belong_to_their_thread_and_last) {
   EXPECT_EQ(survived, after) << "a call that succeeds leaves the last failure";
 }
 
+TEST(C, validation_alone_says_what_the_call_would) {
+  PreparedCase it(kCase, core::DataType::kFloat32);
+  EXPECT_EQ(fa_validate(&it.args(), nullptr, 1), FA_OK);
+  it.args().softcap = -3.0;
+  EXPECT_EQ(fa_validate(&it.args(), nullptr, 1), FA_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(fa_last_error_message(), "softcap: is -3"));
+  EXPECT_EQ(fa_validate(nullptr, nullptr, 1), FA_INVALID_ARGUMENT);
+}
+
 TEST(C, explain_is_cut_at_the_capacity) {
   PreparedCase it(kCase, core::DataType::kFloat32);
   size_t needed = 0;

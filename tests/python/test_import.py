@@ -123,7 +123,8 @@ def test_triton_is_not_imported_until_it_is_needed():
         flash_attn_func(x, x, x)
         flash_attn.explain(x, x, x)
         flash_attn_func(*(x.to("meta"),) * 3)
-        print({"triton", "flag_gems"} & set(sys.modules))
+        # PyTorch may have imported Triton; what imports it here is this module.
+        print({"flash_attn.triton.launch", "flag_gems"} & set(sys.modules))
         """
     )
     assert output.strip() == "set()"

@@ -16,6 +16,7 @@ from .vocabulary import (
     add_bias,
     is_visible,
     keep_mask,
+    key_ranges,
     load_paged_rows,
     load_rows,
     product,
@@ -126,45 +127,6 @@ def attend(
             v = load_rows(V, start, len_k, stride_v, BLOCK_N, DV, BLOCK_DV, MASKED)
         acc = product(p.to(v.dtype), v, acc, PRECISION)  # [M, DV] fp32
     return acc, greatest, total
-
-
-@triton.jit
-def key_ranges(
-    first_i,
-    last_i,
-    len_q,
-    len_k,
-    left,
-    right,
-    split,
-    num_splits,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """(begin, full_begin, full_end, end): the keys that some of the queries see, and between them
-    those that all of them see. All but `end` are multiples of BLOCK_N."""
-    offset = len_k - len_q
-    begin = 0
-    end = len_k
-    full_begin = 0
-    full_end = len_k // BLOCK_N * BLOCK_N
-    if HAS_LEFT:
-        begin = tl.maximum(first_i + offset - left, 0) // BLOCK_N * BLOCK_N
-        full_begin = tl.cdiv(tl.maximum(last_i + offset - left, 0), BLOCK_N) * BLOCK_N
-    if HAS_RIGHT:
-        end = tl.minimum(len_k, tl.maximum(last_i + offset + right + 1, 0))
-        full = tl.maximum(first_i + offset + right + 1, 0) // BLOCK_N * BLOCK_N
-        full_end = tl.minimum(full_end, full)
-    if SPLIT:
-        blocks = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), num_splits)
-        begin += split * blocks * BLOCK_N
-        end = tl.minimum(end, begin + blocks * BLOCK_N)
-    full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.cdiv(end, BLOCK_N) * BLOCK_N)
-    full_begin = tl.maximum(full_begin, begin)
-    full_end = tl.maximum(full_begin, tl.minimum(full_end, end // BLOCK_N * BLOCK_N))
-    return begin, full_begin, full_end, end
 
 
 @triton.jit(do_not_specialize=VARIABLE)

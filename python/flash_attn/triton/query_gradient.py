@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 
 from .backward import gradient_tile
-from .forward import key_ranges
 from .vocabulary import (
     LOG2E,
     VARIABLE,
     keep_mask,
+    key_ranges,
     load_rows,
     product,
     sequence_of_keys,

@@ -1,7 +1,7 @@
 """The sizes of the kernels' tiles: a small table by vendor and head_dim, or what was measured.
 
 With FLASH_ATTENTION_AUTOTUNE=1 the first call of its kind tries the candidates, and the choice is
-kept on disk, in FLASH_ATTENTION_CACHE or the user's cache folder.
+kept on disk, in FLASH_ATTENTION_CACHE_DIR or the user's cache folder.
 """
 
 from __future__ import annotations

@@ -64,6 +64,45 @@ def sequence_of_keys(batch, CU_K, USED_K, CACHED, LEFTPAD, ROW, seqlen_k, PAGE_S
 
 
 @triton.jit
+def key_ranges(
+    first_i,
+    last_i,
+    len_q,
+    len_k,
+    left,
+    right,
+    split,
+    num_splits,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(begin, full_begin, full_end, end): the keys that some of the queries see, and between them
+    those that all of them see. All but `end` are multiples of BLOCK_N."""
+    offset = len_k - len_q
+    begin = 0
+    end = len_k
+    full_begin = 0
+    full_end = len_k // BLOCK_N * BLOCK_N
+    if HAS_LEFT:
+        begin = tl.maximum(first_i + offset - left, 0) // BLOCK_N * BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(last_i + offset - left, 0), BLOCK_N) * BLOCK_N
+    if HAS_RIGHT:
+        end = tl.minimum(len_k, tl.maximum(last_i + offset + right + 1, 0))
+        full = tl.maximum(first_i + offset + right + 1, 0) // BLOCK_N * BLOCK_N
+        full_end = tl.minimum(full_end, full)
+    if SPLIT:
+        blocks = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), num_splits)
+        begin += split * blocks * BLOCK_N
+        end = tl.minimum(end, begin + blocks * BLOCK_N)
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.cdiv(end, BLOCK_N) * BLOCK_N)
+    full_begin = tl.maximum(full_begin, begin)
+    full_end = tl.maximum(full_begin, tl.minimum(full_end, end // BLOCK_N * BLOCK_N))
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
 def load_rows(
     base,
     start,
