@@ -167,13 +167,7 @@ def test_s_aux_is_another_name_for_the_learnable_sink():
             call(s_aux=sink, learnable_sink=sink)
 
 
-def test_another_device_is_refused_by_name():
-    q, k, v = (x.to("meta") for x in tensors())
-    with pytest.raises(NotImplementedError, match="meta"):
-        flash_attn_func(q, k, v)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_cuda_tensor_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match="cuda"):
-        flash_attn_func(*(x.cuda() for x in tensors()))
+def test_meta_tensors_give_shapes():
+    q, k, v = (x.to("meta") for x in tensors(head_dim_v=24))
+    out = flash_attn_func(q, k, v)
+    assert out.device.type == "meta" and out.shape == (*q.shape[:-1], 24)
