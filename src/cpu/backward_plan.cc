@@ -17,9 +17,9 @@ using core::Status;
 constexpr int64_t kWantedTasks = 32;
 constexpr int64_t kMaxChunks = 8;
 
-int64_t num_chunks(const AttentionProblem& problem, int64_t tile_keys) {
+int64_t num_chunks(const AttentionProblem& problem) {
   const int64_t sequences = std::max<int64_t>(problem.batch * problem.num_heads_kv, 1);
-  const int64_t tiles = (problem.seqlen_k + tile_keys - 1) / tile_keys;
+  const int64_t tiles = (problem.seqlen_k + kLongTileKeys - 1) / kLongTileKeys;
   const int64_t wanted = std::min((kWantedTasks + sequences - 1) / sequences, kMaxChunks);
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles, 1));
 }
@@ -58,9 +58,9 @@ class BackwardPlan final : public core::Plan {
   BackwardPlan(const AttentionProblem& problem, const InstructionSet& set)
       : problem_(problem),
         set_(set),
-        num_chunks_(num_chunks(problem, set.tile_keys)),
+        num_chunks_(num_chunks(problem)),
         scratch_floats_(
-            BackwardScratch::layout(problem, set.tile_keys, set.pairs != nullptr).total) {
+            BackwardScratch::layout(problem, kLongTileKeys, set.pairs != nullptr).total) {
     Booking book;
     const int64_t panels = max_panels(problem, set.panel, false) * set.panel;
     // Packed pairs take no more than floats do, but for what fills up a row.
@@ -83,7 +83,7 @@ class BackwardPlan final : public core::Plan {
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
     float* shared = static_cast<float*>(workspace);
-    const BackwardCall call{make_call(args, problem_, set_, false),
+    const BackwardCall call{make_call(args, problem_, set_, kLongTileKeys, false),
                             {shared + q_, shared + dout_, shared + lse_, shared + delta_,
                              shared + dq_, shared + q_pairs_, shared + dout_pairs_},
                             num_chunks_};
@@ -129,11 +129,11 @@ class BackwardPlan final : public core::Plan {
     std::vector<BackwardTask> tasks;
     for (int32_t b = 0; b < problem_.batch; ++b) {
       const core::Sequence sequence = core::sequence(call.args, problem_, b);
-      const int64_t tiles = (sequence.seqlen_k + set_.tile_keys - 1) / set_.tile_keys;
+      const int64_t tiles = (sequence.seqlen_k + kLongTileKeys - 1) / kLongTileKeys;
       for (int64_t chunk = 0; chunk < num_chunks_; ++chunk) {
-        const int64_t begin = chunk * tiles / num_chunks_ * set_.tile_keys;
+        const int64_t begin = chunk * tiles / num_chunks_ * kLongTileKeys;
         const int64_t end =
-            std::min((chunk + 1) * tiles / num_chunks_ * set_.tile_keys, sequence.seqlen_k);
+            std::min((chunk + 1) * tiles / num_chunks_ * kLongTileKeys, sequence.seqlen_k);
         const double cost = pairs(sequence, begin, end) * 2.0 *
                             static_cast<double>(3 * problem_.head_dim + 2 * problem_.head_dim_v);
         for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
@@ -148,8 +148,8 @@ class BackwardPlan final : public core::Plan {
   // Query-key pairs of the keys [begin, end) of one head, to within a tile.
   double pairs(const core::Sequence& sequence, int64_t begin, int64_t end) const {
     double sum = 0;
-    for (int64_t key = begin; key < end; key += set_.tile_keys) {
-      const int64_t last = std::min(key + set_.tile_keys, end) - 1;
+    for (int64_t key = begin; key < end; key += kLongTileKeys) {
+      const int64_t last = std::min(key + kLongTileKeys, end) - 1;
       const auto seen_by = [&](int64_t j) {
         return semantics::visible_queries(j, sequence.seqlen_q, sequence.seqlen_k, problem_.band);
       };
@@ -162,7 +162,7 @@ class BackwardPlan final : public core::Plan {
 
   std::vector<BackwardTask> bias_tasks(const AttentionArgs& args) const {
     const core::TensorView& bias = args.d_attn_bias;
-    const int64_t num_tiles = (problem_.seqlen_k + set_.tile_keys - 1) / set_.tile_keys;
+    const int64_t num_tiles = (problem_.seqlen_k + kLongTileKeys - 1) / kLongTileKeys;
     const int64_t num_blocks = (problem_.seqlen_q + set_.panel - 1) / set_.panel;
     const int64_t parts = bias_extent(bias, 1) > 1   ? num_tiles
                           : bias_extent(bias, 2) > 1 ? num_blocks

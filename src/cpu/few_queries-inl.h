@@ -43,7 +43,7 @@ class FewQueriesRun {
   // Rows asked for ahead of their use, and keys whose values are added to O at once.
   static constexpr int64_t kRowsAhead = 16;
   static constexpr int64_t kValueKeys = 8;
-  static constexpr int64_t kMaxRows = kPairTileKeys + kRowsAhead;
+  static constexpr int64_t kMaxRows = kLongTileKeys + kRowsAhead;
 
   const HeadRun& first_head() const { return *heads_[0]; }
 

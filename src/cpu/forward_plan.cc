@@ -148,7 +148,7 @@ class ForwardPlan final : public core::Plan {
     const Cut cut = actual_cut(args, problem_, set_);
     const SharedLayout layout(problem_, set_.panel, cut);
     const ForwardCall call{
-        make_call(args, problem_, set_, true),
+        make_call(args, problem_, set_, set_.tile_keys, true),
         cut.num_splits,
         {shared + layout.o, shared + layout.running_max, shared + layout.running_sum},
         problem_.rotary_dim > 0 ? rotated_queries(args.q, shared + layout.q) : args.q};
@@ -277,14 +277,14 @@ class ForwardPlan final : public core::Plan {
 }  // namespace
 
 AttentionCall make_call(const AttentionArgs& args, const AttentionProblem& problem,
-                        const InstructionSet& set, bool may_pack) {
+                        const InstructionSet& set, int64_t tile_keys, bool may_pack) {
   AttentionCall call{
       .args = args,
       .problem = problem,
       .scale_log2 = static_cast<float>(core::softmax_scale(args) * semantics::kLog2e),
       .group = problem.num_heads / problem.num_heads_kv,
       .panel = set.panel,
-      .tile_keys = set.tile_keys,
+      .tile_keys = tile_keys,
       .pairs = set.pairs,
       .may_pack = may_pack,
       .dropout_key = semantics::dropout_key(args.dropout_seed, args.dropout_offset),
@@ -309,7 +309,7 @@ ForwardScratch ForwardScratch::for_few_queries(const AttentionProblem& problem) 
   layout.o = book.take(kFewQueries * round_up(problem.head_dim_v, kMaxLanes));
   layout.running_max = book.take(kMaxPanel);
   layout.running_sum = book.take(kMaxPanel);
-  layout.scores = book.take(kFewQueries * kPairTileKeys);
+  layout.scores = book.take(kFewQueries * kLongTileKeys);
   layout.total = book.total();
   return layout;
 }

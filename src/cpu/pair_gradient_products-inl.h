@@ -66,7 +66,7 @@ class PairGradientProducts {
   }
 
   HWY_INLINE void load_tile(const KeyTile& tile) const {
-    const uint16_t* rows[kPairTileKeys];
+    const uint16_t* rows[kLongTileKeys];
     const int64_t count = tile.keys.end - tile.first_key;
     run_.find_rows(call_.args.v, tile, rows);
     call_.pairs->pack_a({rows, count, call_.problem.head_dim_v}, v_, kPairRows * v_depth_);

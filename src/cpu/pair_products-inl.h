@@ -102,7 +102,7 @@ class PairProducts {
   }
 
   HWY_INLINE void load_keys(const KeyTile& tile) const {
-    const uint16_t* rows[kPairTileKeys];
+    const uint16_t* rows[kLongTileKeys];
     run_.find_rows(call_.args.k, tile, rows);
     call_.pairs->pack_a({rows, tile.keys.end - tile.first_key, call_.problem.head_dim}, k_,
                         kPairRows * depth_);
@@ -110,7 +110,7 @@ class PairProducts {
 
   // V^T; zeros where the tile has no key, since a zero P meets them.
   HWY_INLINE void load_values(const KeyTile& tile) const {
-    const uint16_t* rows[kPairTileKeys];
+    const uint16_t* rows[kLongTileKeys];
     run_.find_rows(call_.args.v, tile, rows);
     call_.pairs->pack_a_transposed({rows, tile.keys.end - tile.first_key, call_.problem.head_dim_v},
                                    v_, kPairRows * call_.tile_keys);

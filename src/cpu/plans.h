@@ -13,7 +13,7 @@ core::PlanPtr make_forward_plan(const core::AttentionProblem& problem, const Ins
 core::PlanPtr make_backward_plan(const core::AttentionProblem& problem, const InstructionSet& set);
 
 AttentionCall make_call(const core::AttentionArgs& args, const core::AttentionProblem& problem,
-                        const InstructionSet& set, bool may_pack);
+                        const InstructionSet& set, int64_t tile_keys, bool may_pack);
 
 // The most panels that the call's sequences can be cut into; each may end in one partly empty.
 inline int64_t max_panels(const core::AttentionProblem& problem, int64_t panel, bool packs_group) {

@@ -102,7 +102,7 @@ class RowProducts {
   }
 
  private:
-  static constexpr int64_t kMaxRows = kPairTileKeys;
+  static constexpr int64_t kMaxRows = kLongTileKeys;
   static constexpr int kSums = HWY_TARGET <= HWY_AVX3 || HWY_TARGET == HWY_NEON ? 16 : 8;
 
   // [lane][key], from the tile's first on.
