@@ -36,7 +36,7 @@ class BackwardTaskRun {
         v_row_(round_up(problem_.head_dim_v, kMaxLanes)),
         layout_(BackwardScratch::layout(problem_, call.tile_keys, Products::kPairs)),
         products_(call, run_, layout_, scratch),
-        scales_late_(Products::kPairs && call.scale_log2 > 0.0f && !run_.transforms_scores()),
+        scales_late_(run_.may_scale_late()),
         p_(scratch + layout_.probabilities),
         ds_(scratch + layout_.score_gradients),
         derivatives_(problem_.softcap ? scratch + layout_.softcap_derivatives : nullptr) {
@@ -102,12 +102,7 @@ class BackwardTaskRun {
   // and values are loaded.
   HWY_INLINE void compute_gradients(const BackwardPanel& panel, const ScoreTile& tile) const {
     products_.scores(panel, tile);
-    if (Products::kPairs && !scales_late_) {
-      const Float scale = hn::Set(kFloats, products_.pending_scale());
-      transform_scores(panel, tile,
-                       [&](Float s, int64_t, int64_t) HWY_ATTR { return hn::Mul(s, scale); });
-    }
-    run_.finish_scores(panel, tile, derivatives_);
+    run_.finish_scores(panel, tile, scales_late_, derivatives_);
     products_.probability_gradients(panel, tile);
     if (problem_.dropout) {
       const Float keep = hn::Set(kFloats, 1.0f / (1.0f - static_cast<float>(args_.dropout_p)));
@@ -165,7 +160,7 @@ class BackwardTaskRun {
     const Float s = hn::Load(kFloats, p_at);
     Float p;
     if (scales_late_) {
-      p = exp2(hn::MulSub(s, hn::Set(kFloats, products_.pending_scale()), lse));
+      p = exp2(hn::MulSub(s, hn::Set(kFloats, call_.scale_log2), lse));
     } else {
       p = exp2(hn::Sub(s, lse));
     }

@@ -176,9 +176,9 @@ class ForwardTaskRun {
       if (problem_.dropout) apply_dropout(call_, panel, tile, task_.batch);
       if (Products::kPairs) pack_pairs(panel, tile);
     } else {
-      const bool scales_late = call_.scale_log2 > 0.0f && !run_.transforms_scores();
+      const bool scales_late = run_.may_scale_late();
       compute_scores(panel, tile, scales_late);
-      online_softmax<true>(panel, tile, scales_late ? products_.pending_scale() : 1.0f, rescale);
+      online_softmax<true>(panel, tile, scales_late ? call_.scale_log2 : 1.0f, rescale);
     }
     if (Products::kPairs) clear_pairs_around(panel, tile);
     products_.values(panel, tile);
@@ -189,12 +189,7 @@ class ForwardTaskRun {
   HWY_INLINE void compute_scores(const ForwardPanel& panel, const ScoreTile& tile,
                                  bool scales_late = false) const {
     products_.scores(panel, tile);
-    if (Products::kPairs && !scales_late) {
-      const Float scale = hn::Set(kFloats, products_.pending_scale());
-      transform_scores(panel, tile,
-                       [&](Float s, int64_t, int64_t) HWY_ATTR { return hn::Mul(s, scale); });
-    }
-    run_.finish_scores(panel, tile);
+    run_.finish_scores(panel, tile, scales_late);
   }
 
   HWY_INLINE float sink_log2(int64_t head) const {

@@ -76,8 +76,6 @@ class PairGradientProducts {
     call_.pairs->pack_a_transposed(keys, k_transposed_, kPairRows * call_.tile_keys);
   }
 
-  HWY_INLINE float pending_scale() const { return call_.scale_log2; }
-
   HWY_INLINE void scores(const BackwardPanel& panel, const ScoreTile& tile) const {
     pair_score_product(call_, run_, panel, tile, k_, k_depth_, panel.q);
   }

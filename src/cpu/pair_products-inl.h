@@ -116,9 +116,6 @@ class PairProducts {
                                    v_, kPairRows * call_.tile_keys);
   }
 
-  // Folded into q it would be rounded with it.
-  HWY_INLINE float pending_scale() const { return call_.scale_log2; }
-
   HWY_INLINE void scores(const ForwardPanel& panel, const ScoreTile& tile) const {
     pair_score_product(call_, run_, panel, tile, k_, depth_, panel.q);
   }

@@ -42,9 +42,6 @@ class FloatProducts {
     run_.load_rows(call_.args.v, tile, v_row_, v_);
   }
 
-  // The factor that scores() leaves out.
-  HWY_INLINE float pending_scale() const { return 1.0f; }
-
   HWY_INLINE void scores(const ForwardPanel& panel, const ScoreTile& tile) const {
     score_product(panel.q, panel.vectors(), k_, k_row_, call_.problem.head_dim,
                   run_.keys_of(panel, tile), tile.scores);

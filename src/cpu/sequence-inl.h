@@ -253,15 +253,22 @@ class SequenceRun {
     });
   }
 
-  // Whether scores are more than products: those must be scaled before anything else.
-  HWY_INLINE bool transforms_scores() const {
-    return problem_.softcap || problem_.alibi || problem_.bias != core::BiasKind::kNone;
+  // Products of pairs leave the scale out, since q times scale would be rounded. Whether it may be
+  // left to the exponential: nothing else is done to the scores, and hidden ones stay at -inf.
+  HWY_INLINE bool may_scale_late() const {
+    return call_.pairs != nullptr && call_.scale_log2 > 0.0f && !problem_.softcap &&
+           !problem_.alibi && problem_.bias == core::BiasKind::kNone;
   }
 
-  // From scaled products to scores, masked, all in base 2. softcap_derivatives, where not null,
-  // gets those of tanh for each score.
-  HWY_INLINE void finish_scores(const QueryPanel& panel, const ScoreTile& tile,
+  // From products to scores, masked, all in base 2. scales_late: the exponential will apply the
+  // scale. softcap_derivatives, where not null, gets those of tanh for each score.
+  HWY_INLINE void finish_scores(const QueryPanel& panel, const ScoreTile& tile, bool scales_late,
                                 float* softcap_derivatives = nullptr) const {
+    if (call_.pairs != nullptr && !scales_late) {
+      const Float scale = hn::Set(kFloats, call_.scale_log2);
+      transform_scores(panel, tile,
+                       [&](Float s, int64_t, int64_t) HWY_ATTR { return hn::Mul(s, scale); });
+    }
     if (problem_.softcap) apply_softcap(panel, tile, args_.softcap, softcap_derivatives);
     if (problem_.alibi) {
       apply_alibi(panel, tile, sequence_.seqlen_k - sequence_.seqlen_q,
