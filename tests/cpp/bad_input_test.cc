@@ -1,5 +1,4 @@
-// Everything that a caller can get wrong: the code, the argument's name and its value in the
-// message, and no write to any output.
+// Everything that a caller can get wrong, without a cache: see bad_call.h.
 #include <gtest/gtest.h>
 
 #include <array>
@@ -9,157 +8,13 @@
 #include <string>
 #include <vector>
 
-#include "flash_attn/flash_attn.h"
-#include "tests/case_tensors.h"
-#include "tests/cases.h"
+#include "bad_call.h"
 
 namespace fa::cases {
 namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-// A C tensor whose fields can all be spoiled.
-struct Spoilable {
-  fa_tensor tensor{};
-  std::array<int64_t, 8> shape{};
-  std::array<int64_t, 8> strides{};
-
-  void copy(const fa_tensor* from, const fa_tensor** used) {
-    if (from == nullptr) return;
-    tensor = *from;
-    for (int d = 0; d < from->ndim; ++d) {
-      shape[static_cast<size_t>(d)] = from->shape[d];
-      strides[static_cast<size_t>(d)] = from->strides[d];
-    }
-    tensor.shape = shape.data();
-    tensor.strides = strides.data();
-    *used = &tensor;
-  }
-  void set_dtype(int code, int bits) {
-    tensor.dtype_code = static_cast<uint8_t>(code);
-    tensor.dtype_bits = static_cast<uint8_t>(bits);
-  }
-  int32_t* lengths() { return static_cast<int32_t*>(tensor.data); }
-  // Gives an optional tensor that the case has not a shape and (someone's) memory.
-  void give(std::vector<int64_t> extents, int code, int bits, void* memory) {
-    tensor = {};
-    tensor.data = memory;
-    tensor.device_type = FA_CPU;
-    tensor.ndim = static_cast<int32_t>(extents.size());
-    tensor.dtype_lanes = 1;
-    set_dtype(code, bits);
-    for (size_t d = 0; d < extents.size(); ++d) shape[d] = extents[d];
-    tensor.shape = shape.data();
-  }
-};
-
-// A valid call, to be spoiled in one place.
-class Call {
- public:
-  explicit Call(const Case& c) : tensors_(c, core::DataType::kFloat32) {
-    fa_attention_args_init(&args);
-    q.copy(tensors_.q.c_tensor(), &args.q);
-    k.copy(tensors_.k.c_tensor(), &args.k);
-    v.copy(tensors_.v.c_tensor(), &args.v);
-    out.copy(tensors_.out.c_tensor(), &args.out);
-    lse.copy(tensors_.lse.c_tensor(), &args.lse);
-    cu_seqlens_q.copy(tensors_.cu_seqlens_q.c_tensor(), &args.cu_seqlens_q);
-    cu_seqlens_k.copy(tensors_.cu_seqlens_k.c_tensor(), &args.cu_seqlens_k);
-    seqused_k.copy(tensors_.seqused_k.c_tensor(), &args.seqused_k);
-    block_table.copy(tensors_.block_table.c_tensor(), &args.block_table);
-    fa_attention_gradients_init(&gradients);
-    dout.copy(tensors_.dout.c_tensor(), &gradients.dout);
-    dq.copy(tensors_.dq.c_tensor(), &gradients.dq);
-    dk.copy(tensors_.dk.c_tensor(), &gradients.dk);
-    dv.copy(tensors_.dv.c_tensor(), &gradients.dv);
-    if (!c.varlen()) return;
-    args.max_seqlen_q = c.max_q();
-    args.max_seqlen_k = c.max_k();
-  }
-  Call(const Call&) = delete;
-  Call& operator=(const Call&) = delete;
-
-  // Makes k and v a cache with room for 5 tokens a row, of which 2 and 4 are held; one is appended.
-  void make_cache() {
-    give(k_new, &args.k_new, {2, 1, 2, 8}, FA_FLOAT, 32);
-    give(v_new, &args.v_new, {2, 1, 2, 8}, FA_FLOAT, 32);
-    give_lengths(cache_seqlens, &args.cache_seqlens, 2, 4);
-  }
-  void give_lengths(Spoilable& optional, const fa_tensor** used, int32_t first, int32_t second) {
-    int32_t* values = lengths_[num_lengths_++].data();
-    values[0] = first;
-    values[1] = second;
-    optional.give({2}, FA_INT, 32, values);
-    *used = &optional.tensor;
-  }
-  // The rows of the cache become pages, one for each sequence.
-  void give_pages(int32_t first, int32_t second) {
-    give_lengths(block_table, &args.block_table, first, second);
-    block_table.tensor.ndim = 2;
-    block_table.shape[1] = 1;
-  }
-  void give_rotary(int64_t positions, int64_t half) {
-    give(rotary_cos, &args.rotary_cos, {positions, half}, FA_FLOAT, 32);
-    give(rotary_sin, &args.rotary_sin, {positions, half}, FA_FLOAT, 32);
-  }
-
-  // Of what the forward, over a cache too, and the backward write.
-  uint64_t outputs_hash() const {
-    uint64_t hash = cache_hash();
-    for (const HostTensor* it :
-         {&tensors_.out, &tensors_.lse, &tensors_.dq, &tensors_.dk, &tensors_.dv}) {
-      hash = hash * 31 ^ it->hash();
-    }
-    return hash;
-  }
-  uint64_t cache_hash() const { return tensors_.k.hash() * 31 ^ tensors_.v.hash(); }
-
-  // Memory that is large enough for any optional tensor given here.
-  void* spare() { return spare_.data(); }
-  void give(Spoilable& optional, const fa_tensor** used, std::vector<int64_t> shape, int code,
-            int bits) {
-    optional.give(std::move(shape), code, bits, spare());
-    *used = &optional.tensor;
-  }
-
-  fa_attention_args args{};
-  Spoilable q, k, v, out, lse, s_dmask;
-  Spoilable cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
-  Spoilable alibi_slopes, attn_bias, learnable_sink;
-  Spoilable cache_seqlens, cache_batch_idx, cache_leftpad, k_new, v_new, rotary_cos, rotary_sin;
-  fa_attention_gradients gradients{};
-  Spoilable dout, dq, dk, dv, d_attn_bias, d_learnable_sink;
-  double scale = 0.0;
-
- private:
-  CaseTensors tensors_;
-  alignas(64) std::array<std::byte, 1 << 16> spare_{};
-  std::array<std::array<int32_t, 2>, 4> lengths_{};
-  size_t num_lengths_ = 0;
-};
-
-// q [2, 4, 6, 8], k and v [2, 5, 2, 8].
-constexpr Case kDense{.name = "dense",
-                      .seqlen_q = 4,
-                      .seqlen_k = 5,
-                      .num_heads = 6,
-                      .num_heads_kv = 2,
-                      .head_dim = 8};
-// q [5 + 3, 2, 8] in sequences of 3 and 2, k and v [9 + 3, 2, 8] of 4 and 5.
-constexpr Case kVarlen{
-    .name = "varlen", .head_dim = 8, .lengths_q = {3, 2}, .lengths_k = {4, 5}, .seqused_k = {4, 2}};
-// k and v [6, 4, 2, 8], block_table [2, 3].
-constexpr Case kPaged{
-    .name = "paged", .head_dim = 8, .lengths_q = {3, 2}, .lengths_k = {4, 5}, .page_size = 4};
-
-struct BadCall {
-  const char* name;
-  const Case& base;
-  void (*spoil)(Call& call);
-  std::vector<const char*> message;  // the argument, its value
-  fa_status code = FA_INVALID_ARGUMENT;
-};
 
 void set_scale(Call& c, double scale) {
   c.scale = scale;
@@ -527,63 +382,6 @@ const BadCall kVarlenCalls[] = {
     {"paged_k_rank_3", kPaged, [](Call& c) { c.k.tensor.ndim = 3; }, {"k:", "3 dimensions"}},
 };
 
-// kDense with make_cache().
-const BadCall kCaches[] = {
-    {"cache_too_small",
-     kDense,
-     [](Call& c) { c.cache_seqlens.lengths()[1] = 5; },
-     {"cache_seqlens:", "entry 1 is 5", "room for 5"}},
-    {"length_negative",
-     kDense,
-     [](Call& c) { c.cache_seqlens.lengths()[0] = -1; },
-     {"cache_seqlens:", "entry 0 is -1"}},
-    {"lengths_int64",
-     kDense,
-     [](Call& c) { c.cache_seqlens.set_dtype(FA_INT, 64); },
-     {"cache_seqlens:", "int64"}},
-    {"row_beyond_the_last",
-     kDense,
-     [](Call& c) { c.give_lengths(c.cache_batch_idx, &c.args.cache_batch_idx, 0, 2); },
-     {"cache_batch_idx:", "entry 1 is 2"}},
-    {"row_with_pages",
-     kDense,
-     [](Call& c) {
-       c.give_pages(0, 1);
-       c.give_lengths(c.cache_batch_idx, &c.args.cache_batch_idx, 0, 1);
-     },
-     {"cache_batch_idx:", "block_table"}},
-    {"page_of_the_cache_beyond_the_last",
-     kDense,
-     [](Call& c) { c.give_pages(0, 2); },
-     {"block_table:", "entry [1, 0] is 2"}},
-    {"page_of_the_cache_negative",
-     kDense,
-     [](Call& c) { c.give_pages(-1, 1); },
-     {"block_table:", "entry [0, 0] is -1"}},
-    {"leftpad_beyond_the_row",
-     kDense,
-     [](Call& c) { c.give_lengths(c.cache_leftpad, &c.args.cache_leftpad, 4, 0); },
-     {"cache_leftpad:", "entry 0 is 4"}},
-    {"k_new_alone", kDense, [](Call& c) { c.args.v_new = nullptr; }, {"v_new:", "missing"}},
-    {"k_new_head_dim", kDense, [](Call& c) { c.k_new.shape[3] = 7; }, {"k_new:", "[2, 1, 2, 7]"}},
-    {"v_new_seqlen", kDense, [](Call& c) { c.v_new.shape[1] = 2; }, {"v_new:", "[2, 2, 2, 8]"}},
-    {"v_new_float16",
-     kDense,
-     [](Call& c) { c.v_new.set_dtype(FA_FLOAT, 16); },
-     {"v_new:", "float16"}},
-    {"rotary_too_short", kDense, [](Call& c) { c.give_rotary(4, 4); }, {"rotary_cos:", "has 4"}},
-    {"rotary_dim_too_large", kDense, [](Call& c) { c.give_rotary(9, 5); }, {"rotary_cos:", "10"}},
-    {"rotary_sin_missing",
-     kDense,
-     [](Call& c) {
-       c.give_rotary(9, 4);
-       c.args.rotary_sin = nullptr;
-     },
-     {"rotary_sin:", "missing"}},
-    {"splits_negative", kDense, [](Call& c) { c.args.num_splits = -1; }, {"num_splits", "-1"}},
-    {"dropout_with_a_cache", kDense, [](Call& c) { c.args.dropout_p = 0.1; }, {"dropout_p", "0.1"}},
-};
-
 void give_sink(Call& c) { c.give(c.learnable_sink, &c.args.learnable_sink, {6}, FA_FLOAT, 32); }
 
 void give_bias(Call& c, int code, int bits) {
@@ -680,20 +478,6 @@ const BadCall kGradients[] = {
     {"pages", kPaged, [](Call&) {}, {"pages", "contiguous"}, FA_UNSUPPORTED},
 };
 
-void expect_refused(
-    const BadCall& bad, fa_status (*run)(Call& call), void (*prepare)(Call& call) = [](Call&) {}) {
-  Call call(bad.base);
-  prepare(call);
-  bad.spoil(call);
-  const uint64_t before = call.outputs_hash();
-  EXPECT_EQ(run(call), bad.code);
-  const std::string message = fa_last_error_message();
-  for (const char* part : bad.message) {
-    EXPECT_NE(message.find(part), std::string::npos) << "'" << part << "' is not in: " << message;
-  }
-  EXPECT_EQ(call.outputs_hash(), before) << "an output was written";
-}
-
 class BadInput : public ::testing::TestWithParam<BadCall> {};
 
 TEST_P(BadInput, is_named_and_nothing_is_written) {
@@ -706,22 +490,12 @@ TEST_P(BadBackwardInput, is_named_and_nothing_is_written) {
   expect_refused(GetParam(), [](Call& c) { return fa_backward(&c.args, &c.gradients); });
 }
 
-class BadCacheInput : public ::testing::TestWithParam<BadCall> {};
-
-TEST_P(BadCacheInput, is_named_and_nothing_is_written) {
-  expect_refused(
-      GetParam(), [](Call& c) { return fa_forward(&c.args); }, [](Call& c) { c.make_cache(); });
-}
-
-std::string name_of(const ::testing::TestParamInfo<BadCall>& info) { return info.param.name; }
-
 INSTANTIATE_TEST_SUITE_P(Missing, BadInput, ::testing::ValuesIn(kMissing), name_of);
 INSTANTIATE_TEST_SUITE_P(TensorFields, BadInput, ::testing::ValuesIn(kTensorFields), name_of);
 INSTANTIATE_TEST_SUITE_P(Shapes, BadInput, ::testing::ValuesIn(kShapes), name_of);
 INSTANTIATE_TEST_SUITE_P(Scalars, BadInput, ::testing::ValuesIn(kScalars), name_of);
 INSTANTIATE_TEST_SUITE_P(Options, BadInput, ::testing::ValuesIn(kOptions), name_of);
 INSTANTIATE_TEST_SUITE_P(Varlen, BadInput, ::testing::ValuesIn(kVarlenCalls), name_of);
-INSTANTIATE_TEST_SUITE_P(Caches, BadCacheInput, ::testing::ValuesIn(kCaches), name_of);
 INSTANTIATE_TEST_SUITE_P(Gradients, BadBackwardInput, ::testing::ValuesIn(kGradients), name_of);
 
 // What the table spoils is valid before.
@@ -736,19 +510,6 @@ TEST(BadInputBase, calls_are_valid_before_they_are_spoiled) {
     EXPECT_EQ(fa_backward(&call.args, &call.gradients), FA_OK)
         << c->name << ": " << fa_last_error_message();
     EXPECT_NE(call.outputs_hash(), between);
-  }
-}
-
-TEST(BadInputBase, caches_are_valid_before_they_are_spoiled) {
-  for (const bool paged : {false, true}) {
-    Call call(kDense);
-    call.make_cache();
-    call.give_lengths(call.cache_leftpad, &call.args.cache_leftpad, 3, 0);
-    call.give_rotary(9, 4);
-    if (paged) call.give_pages(1, 0);
-    const uint64_t before = call.cache_hash();
-    EXPECT_EQ(fa_forward(&call.args), FA_OK) << fa_last_error_message();
-    EXPECT_NE(call.cache_hash(), before);
   }
 }
 
