@@ -84,10 +84,12 @@ typedef struct fa_attention_args {
    * with block_table; batch b attends to the cache_seqlens[b] tokens of its row and to those
    * appended. int32 [B]. */
   const fa_tensor* cache_seqlens;
-  const fa_tensor* cache_batch_idx; /* int32 [B]: the row of the cache of each batch; NULL: b */
-  const fa_tensor* cache_leftpad;   /* int32 [B]: tokens to skip at the start of a row; NULL: 0 */
-  const fa_tensor* k_new;           /* [B, Snew, Hk, D]: written to k behind the cached tokens */
-  const fa_tensor* v_new;           /* [B, Snew, Hk, Dv]: written to v */
+  /* int32 [B]: the row of the cache of each batch; NULL: b. With k_new and v_new no row twice, and
+   * no page appended to twice. */
+  const fa_tensor* cache_batch_idx;
+  const fa_tensor* cache_leftpad; /* int32 [B]: tokens to skip at the start of a row; NULL: 0 */
+  const fa_tensor* k_new;         /* [B, Snew, Hk, D]: written to k behind the cached tokens */
+  const fa_tensor* v_new;         /* [B, Snew, Hk, Dv]: written to v */
   /* [positions, rotary_dim / 2], fp32 or q's dtype: rotary embedding of k_new at positions
    * cache_seqlens + t, and of q there too if causal or windowed, else all at cache_seqlens. */
   const fa_tensor* rotary_cos;

@@ -500,7 +500,8 @@ def flash_attn_with_kvcache(
 
     Raises:
         ValueError, TypeError, NotImplementedError: as flash_attn_func. A length, page or row out of
-        range is an error before anything is written.
+        range, and a row or page that two sequences would append to, is an error before anything is
+        written.
     """
     for name, tensor in (("k", k), ("v", v)):
         if tensor is not None and not isinstance(tensor, torch.Tensor):

@@ -1,6 +1,10 @@
 #include "core/validate_cache.h"
 
+#include <algorithm>
 #include <array>
+#include <iterator>
+#include <utility>
+#include <vector>
 
 #include "core/checks.h"
 #include "core/sequence.h"
@@ -153,6 +157,37 @@ Status check_row(const AttentionArgs& args, const AttentionProblem& problem, int
   return {};
 }
 
+// Two sequences that append to one row, or to one page, would write over each other's tokens, or
+// read them while they are being written. Reading a row or a page together is allowed.
+Status check_targets_differ(const AttentionArgs& args, const AttentionProblem& problem) {
+  const bool paged = problem.page_size > 0;
+  if (problem.seqlen_new == 0 || !(paged || args.cache_batch_idx.present())) return {};
+  std::vector<std::pair<int64_t, int64_t>> targets;  // a row or page, and who appends to it
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    if (!paged) {
+      targets.emplace_back(args.cache_batch_idx.as<const int32_t>()[b], b);
+      continue;
+    }
+    const int32_t* table = args.block_table.as<const int32_t>() + b * args.block_table.strides[0];
+    const int64_t length = args.cache_seqlens.as<const int32_t>()[b];
+    const int64_t last = (length + problem.seqlen_new - 1) / problem.page_size;
+    for (int64_t p = length / problem.page_size; p <= last; ++p) targets.emplace_back(table[p], b);
+  }
+  std::sort(targets.begin(), targets.end());
+  const auto twice =
+      std::adjacent_find(targets.begin(), targets.end(),
+                         [](const auto& a, const auto& b) { return a.first == b.first; });
+  if (twice == targets.end()) return {};
+  const auto [where, first] = *twice;
+  const int64_t second = std::next(twice)->second;
+  if (paged) {
+    return invalid_argument("block_table: page ", where, " is appended to twice, by sequences ",
+                            first, " and ", second, ", must be appended to once");
+  }
+  return invalid_argument("cache_batch_idx: entries ", first, " and ", second, " are both ", where,
+                          ", must differ where k_new and v_new are appended");
+}
+
 }  // namespace
 
 Status check_cache(const AttentionArgs& args, AttentionProblem* problem) {
@@ -189,7 +224,8 @@ Status check_cache(const AttentionArgs& args, AttentionProblem* problem) {
   }
   if (!args.values_are_readable()) return {};
   for (int64_t b = 0; b < problem->batch; ++b) FA_TRY(check_row(args, *problem, b));
-  return problem->page_size > 0 ? check_page_indices(args, *problem) : Status{};
+  if (problem->page_size > 0) FA_TRY(check_page_indices(args, *problem));
+  return check_targets_differ(args, *problem);
 }
 
 }  // namespace fa::core

@@ -26,6 +26,10 @@ const BadCall kCaches[] = {
      kDense,
      [](Call& c) { c.give_lengths(c.cache_batch_idx, &c.args.cache_batch_idx, 0, 2); },
      {"cache_batch_idx:", "entry 1 is 2"}},
+    {"row_appended_to_twice",
+     kDense,
+     [](Call& c) { c.give_lengths(c.cache_batch_idx, &c.args.cache_batch_idx, 1, 1); },
+     {"cache_batch_idx:", "entries 0 and 1 are both 1", "must differ"}},
     {"row_with_pages",
      kDense,
      [](Call& c) {
@@ -41,6 +45,10 @@ const BadCall kCaches[] = {
      kDense,
      [](Call& c) { c.give_pages(-1, 1); },
      {"block_table:", "entry [0, 0] is -1"}},
+    {"page_appended_to_twice",
+     kDense,
+     [](Call& c) { c.give_pages(1, 1); },
+     {"block_table:", "page 1", "sequences 0 and 1"}},
     {"leftpad_beyond_the_row",
      kDense,
      [](Call& c) { c.give_lengths(c.cache_leftpad, &c.args.cache_leftpad, 4, 0); },
@@ -85,6 +93,20 @@ TEST(BadCacheInputBase, calls_are_valid_before_they_are_spoiled) {
     const uint64_t before = call.cache_hash();
     EXPECT_EQ(fa_forward(&call.args), FA_OK) << fa_last_error_message();
     EXPECT_NE(call.cache_hash(), before);
+  }
+}
+
+TEST(BadCacheInputBase, a_row_or_a_page_may_be_read_twice) {
+  for (const bool paged : {false, true}) {
+    Call call(kDense);
+    call.make_cache();
+    call.args.k_new = call.args.v_new = nullptr;
+    if (paged) {
+      call.give_pages(1, 1);
+    } else {
+      call.give_lengths(call.cache_batch_idx, &call.args.cache_batch_idx, 1, 1);
+    }
+    EXPECT_EQ(fa_forward(&call.args), FA_OK) << fa_last_error_message();
   }
 }
 

@@ -212,6 +212,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an_int_of_lengths_negative": ({"cache_seqlens": -1}, "cache_seqlens: entry 0 is -1"),
     "row_negative": ({"cache_batch_idx": lengths(-1, 0)}, "cache_batch_idx: entry 0 is -1"),
     "rows_of_int64": ({"cache_batch_idx": torch.tensor([0, 1])}, "cache_batch_idx: dtype is int64"),
+    "row_appended_to_twice": (
+        {"cache_batch_idx": lengths(1, 1)},
+        "cache_batch_idx: entries 0 and 1 are both 1, must differ",
+    ),
     "leftpad_negative": ({"cache_leftpad": lengths(0, -1)}, "cache_leftpad: entry 1 is -1"),
     "new_keys_of_another_dtype": ({"k": normal(2, 1, 2, 16).half()}, "k_new: dtype is float16"),
     "new_keys_of_another_batch": ({"k": normal(1, 1, 2, 16)}, "k_new: shape"),
@@ -257,6 +261,10 @@ BAD_PAGES: dict[str, tuple[dict[str, Any], str]] = {
     "page_negative": ({"block_table": lengths(0, -1, 2, 3)}, r"block_table: entry \[0, 1\] is -1"),
     "page_of_the_new_token": ({"block_table": lengths(0, 6, 2, 3)}, r"block_table: entry \[0, 1\]"),
     "no_room": ({"cache_seqlens": lengths(16, 3)}, "cache_seqlens: entry 0 is 16"),
+    "appended_to_twice": (
+        {"cache_seqlens": lengths(9, 3), "block_table": lengths(0, 4, 4, 5)},
+        "block_table: page 4 is appended to twice, by sequences 0 and 1",
+    ),
     "of_int64": ({"block_table": torch.tensor([0, 1, 2, 3])}, "block_table: dtype is int64"),
     "of_another_batch": ({"block_table": lengths(0, 1)}, "block_table: batch is 1"),
     "with_rows": ({"cache_batch_idx": lengths(0, 1)}, "cache_batch_idx: is given"),
@@ -274,6 +282,20 @@ def test_a_bad_page_is_named_and_nothing_is_written(name):
     with pytest.raises(ValueError, match=message):
         flash_attn_with_kvcache(normal(2, 1, 4, 16), *pages, new, new, **arguments)
     assert torch.equal(pages, before)
+
+
+def test_a_row_or_a_shared_prefix_may_be_read_twice():
+    q, new = normal(2, 1, 4, 16), normal(2, 2, 1, 2, 16, seed=3)
+    cache = normal(2, 3, 16, 2, 16)
+    out = flash_attn_with_kvcache(q, *cache, cache_seqlens=9, cache_batch_idx=lengths(2, 2))
+    row = cache[:, 2:].expand(-1, 2, -1, -1, -1)
+    assert torch.equal(out, flash_attn_with_kvcache(q, *row, cache_seqlens=9))
+    # Both sequences begin with page 5, and append to pages of their own.
+    pages = normal(2, 6, 8, 2, 16)
+    table = lengths(5, 1, 5, 2).view(2, 2)
+    out = flash_attn_with_kvcache(q, *pages, *new, cache_seqlens=8, block_table=table)
+    keys, values = (torch.cat([x[[5, 5]], n], 1) for x, n in zip(pages, new))
+    assert torch.allclose(out, flash_attn_func(q, keys, values), atol=1e-6)
 
 
 def test_a_page_that_is_not_in_use_may_be_anything():
