@@ -287,6 +287,11 @@ class RotaryEmbedding(torch.nn.Module):
         interleaved: whether a pair is (2i, 2i + 1), else (i, i + dim / 2).
         scale_base: None, or xPos' base; 512 is usual.
         device: of the buffers.
+        pos_idx_in_fp32: True or None. FlashAttention 2.7 had this parameter, and clients pass it;
+            positions are always fp32.
+
+    Raises:
+        NotImplementedError: pos_idx_in_fp32 is False.
     """
 
     inv_freq: torch.Tensor
@@ -299,10 +304,17 @@ class RotaryEmbedding(torch.nn.Module):
         interleaved: bool = False,
         scale_base: float | None = None,
         device: torch.device | str | None = None,
+        *,
+        pos_idx_in_fp32: bool | None = None,
     ) -> None:
         super().__init__()
+        if pos_idx_in_fp32 is False:
+            raise NotImplementedError(
+                "pos_idx_in_fp32: is False, must be True: 16-bit positions are off by whole turns"
+            )
         self.dim = dim
         self.base = float(base)
+        self.pos_idx_in_fp32 = True
         self.interleaved = interleaved
         self.scale_base = scale_base
         self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)

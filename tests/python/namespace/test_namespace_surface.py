@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import subprocess
@@ -77,6 +78,7 @@ SIGNATURES = {
             "img_size=224, patch_size=16, in_chans=3, embed_dim=768, norm_layer=None, flatten=True,"
             " bias=True, fused_bias_fc=False"
         ),
+        "PatchEmbed.forward": "x",
     },
     "ops.triton.rotary": {
         "apply_rotary": (
@@ -110,13 +112,16 @@ SIGNATURES = {
         "dropout_add_layer_norm": ADD_NORM,
         "dropout_add_layer_norm_parallel_residual": PARALLEL_NORM,
         "DropoutAddLayerNorm": NORM_MODULE,
+        "DropoutAddLayerNorm.forward": "x0, residual=None",
     },
     "ops.rms_norm": {
         "rms_norm": "x, weight, epsilon",
         "dropout_add_rms_norm": ADD_NORM,
         "dropout_add_rms_norm_parallel_residual": PARALLEL_NORM,
         "RMSNorm": "hidden_size, eps=1e-5, device=None, dtype=None",
+        "RMSNorm.forward": "x",
         "DropoutAddRMSNorm": NORM_MODULE,
+        "DropoutAddRMSNorm.forward": "x0, residual=None",
     },
     "ops.activations": {
         "bias_gelu": "y, bias",
@@ -140,8 +145,11 @@ SIGNATURES = {
         "FusedDense": (
             "in_features, out_features, bias=True, return_residual=False, device=None, dtype=None"
         ),
+        "FusedDense.forward": "x, process_group=None",
         "ColumnParallelLinear": COLUMN,
+        "ColumnParallelLinear.forward": "x",
         "RowParallelLinear": COLUMN,
+        "RowParallelLinear.forward": "x",
         "fused_mlp_func": (
             "x, weight1, weight2, bias1=None, bias2=None, activation='gelu_approx',"
             " save_pre_act=True, return_residual=False, checkpoint_lvl=0, heuristic=0,"
@@ -208,6 +216,7 @@ SIGNATURES = {
             " dtype=None"
         ),
         "ParallelMHA.forward": "x, seqlen=None, inference_params=None, **kwargs",
+        "ParallelMHA.allocate_inference_cache": "batch_size, max_seqlen, dtype=None",
     },
     "modules.mlp": {
         "Mlp": (
@@ -229,6 +238,10 @@ SIGNATURES = {
             " activation=F.sigmoid, bias1=True, bias2=True, multiple_of=128,"
             " sequence_parallel=True, device=None, dtype=None"
         ),
+        "Mlp.forward": "x",
+        "ParallelMLP.forward": "x",
+        "GatedMlp.forward": "x",
+        "ParallelGatedMlp.forward": "x",
         "FusedMLP.forward": "x, process_group=None",
         "ParallelFusedMLP.forward": "x",
     },
@@ -239,6 +252,7 @@ SIGNATURES = {
             " drop_path2=0.0, fused_dropout_add_ln=False, return_residual=False,"
             " residual_in_fp32=False, sequence_parallel=False, mark_shared_params=False"
         ),
+        "Block.allocate_inference_cache": "batch_size, max_seqlen, dtype=None, **kwargs",
         "Block.forward": "hidden_states, residual=None, mixer_subset=None, mixer_kwargs=None",
         "ParallelBlock": (
             "dim, mixer_cls=None, mlp_cls=None, norm_cls=nn.LayerNorm, dropout_cls=nn.Dropout,"
@@ -246,6 +260,7 @@ SIGNATURES = {
             " fused_dropout_add_ln=False, residual_in_fp32=False, sequence_parallel=False,"
             " mark_shared_params=False"
         ),
+        "ParallelBlock.allocate_inference_cache": "batch_size, max_seqlen, dtype=None, **kwargs",
         "ParallelBlock.forward": (
             "hidden_states1, hidden_states2=None, residual=None, mixer_kwargs=None"
         ),
@@ -264,6 +279,7 @@ SIGNATURES = {
         "VocabParallelEmbedding": (
             "num_embeddings, *args, process_group=None, padding_idx=None, **kwargs"
         ),
+        "VocabParallelEmbedding.forward": "input",
         "ColumnParallelEmbedding": (
             "num_embeddings, embedding_dim, *args, process_group=None, **kwargs"
         ),
@@ -342,6 +358,58 @@ SIGNATURES = {
             " upcast=True, reorder_ops=False, intermediate_dtype=None"
         ),
     },
+}
+# The names and shapes of a checkpoint: what each module's state_dict() holds. With 4 heads of 16, 2
+# of them for k and v where heads are grouped; q comes before k, and k before v.
+FC = "fc1.weight 256 64, fc1.bias 256, fc2.weight 64 256, fc2.bias 64"
+OUT = "out_proj.weight 64 64, out_proj.bias 64"
+STATES = {
+    "modules.mha MHA(64, 4)": f"Wqkv.weight 192 64, Wqkv.bias 192, {OUT}",
+    "modules.mha MHA(64, 4, 2, use_flash_attn=True, use_alibi=True, rotary_emb_dim=16)": (
+        f"Wqkv.weight 128 64, Wqkv.bias 128, {OUT}"
+    ),
+    "modules.mha MHA(64, 4, fused_bias_fc=True, return_residual=True, qkv_proj_bias=False)": (
+        f"Wqkv.weight 192 64, {OUT}"
+    ),
+    "modules.mha MHA(64, 4, 2, cross_attn=True)": (
+        f"Wq.weight 64 64, Wq.bias 64, Wkv.weight 64 64, Wkv.bias 64, {OUT}"
+    ),
+    "modules.mha MHA(64, 4, dwconv=True)": (
+        f"Wqkv.weight 192 64, Wqkv.bias 192, dwconv_qkv.weight 192 1 3, dwconv_qkv.bias 192, {OUT}"
+    ),
+    "modules.mha MHA(64, 4, 2, dwconv=True)": (
+        "Wqkv.weight 128 64, Wqkv.bias 128, dwconv_q.weight 64 1 3, dwconv_q.bias 64,"
+        f" dwconv_kv.weight 64 1 3, dwconv_kv.bias 64, {OUT}"
+    ),
+    "modules.mlp Mlp(64)": FC,
+    "modules.mlp GatedMlp(48, bias1=False)": "fc1.weight 256 48, fc2.weight 48 128, fc2.bias 48",
+    "modules.mlp FusedMLP(64)": FC,
+    "modules.block Block(64)": (
+        "mixer.Wqkv.weight 192 64, mixer.Wqkv.bias 192, mixer.out_proj.weight 64 64,"
+        " mixer.out_proj.bias 64, norm1.weight 64, norm1.bias 64, mlp.fc1.weight 256 64,"
+        " mlp.fc1.bias 256, mlp.fc2.weight 64 256, mlp.fc2.bias 64, norm2.weight 64, norm2.bias 64"
+    ),
+    "modules.block ParallelBlock(64, nn.Identity, nn.Identity)": (
+        "norm1.weight 64, norm1.bias 64, norm2.weight 64, norm2.bias 64"
+    ),
+    "modules.block ParallelBlock(64, nn.Identity, nn.Identity, tied_norm=True)": (
+        "norm1.weight 64, norm1.bias 64"
+    ),
+    "modules.embedding GPT2Embeddings(64, 100, 32, word_embed_proj_dim=16)": (
+        "word_embeddings.weight 100 16, project_in.weight 64 16, position_embeddings.weight 32 64"
+    ),
+    "modules.embedding GPT2Embeddings(64, 100, 0)": "word_embeddings.weight 100 64",
+    "modules.embedding BertEmbeddings(64, 100, 32, 2)": (
+        "word_embeddings.weight 100 64, position_embeddings.weight 32 64,"
+        " token_type_embeddings.weight 2 64"
+    ),
+    "layers.patch_embed PatchEmbed(8, 4, 3, 64)": "proj.weight 64 48, proj.bias 64",
+    "layers.rotary RotaryEmbedding(16, scale_base=512)": "",
+    "losses.cross_entropy CrossEntropyLoss()": "",
+    "ops.triton.layer_norm RMSNorm(64, dropout_p=0.1)": "weight 64",
+    "ops.rms_norm RMSNorm(64)": "weight 64",
+    "ops.rms_norm DropoutAddRMSNorm(64)": "weight 64",
+    "ops.layer_norm DropoutAddLayerNorm(64)": "weight 64, bias 64",
 }
 ROWS = [(module, name) for module, names in SIGNATURES.items() for name in names]
 
@@ -435,6 +503,30 @@ def test_public_names_are_documented(module, name):
     if not name.rpartition(".")[2].startswith("_") and name.count(".") == 0:
         assert inspect.getdoc(resolve(module, name))
         assert name in importlib.import_module(f"flash_attn.{module}").__all__
+
+
+@pytest.mark.parametrize("made", STATES)
+def test_checkpoints_have_the_originals_names_and_shapes(made):
+    module, _, expression = made.partition(" ")
+    scope = {"nn": nn, **vars(importlib.import_module(f"flash_attn.{module}"))}
+    state = eval(expression, scope).state_dict()
+    actual = sorted(" ".join([name, *map(str, tensor.shape)]) for name, tensor in state.items())
+    assert actual == sorted(filter(None, STATES[made].split(", ")))
+
+
+def test_the_fields_of_a_generations_state_are_the_originals():
+    fields = dataclasses.fields(resolve("utils.generation", "InferenceParams"))
+    assert [field.name for field in fields] == [
+        "max_seqlen",
+        "max_batch_size",
+        "seqlen_offset",
+        "batch_size_offset",
+        "key_value_memory_dict",
+        "lengths_per_sample",
+    ]
+    state = resolve("utils.generation", "InferenceParams")(9, 2)
+    assert (state.seqlen_offset, state.batch_size_offset) == (0, 0)
+    assert state.key_value_memory_dict == {} and state.lengths_per_sample is None
 
 
 @pytest.mark.parametrize("client", CLIENTS)

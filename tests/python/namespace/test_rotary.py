@@ -344,6 +344,17 @@ def test_as_mamba_uses_it():
     assert module._cos_cached.dtype == torch.float16
 
 
+def test_as_clients_of_an_earlier_version_make_it():
+    """ModernBERT in transformers before 4.53, and StripedHyena, which reads it back."""
+    options = {"dim": 8, "base": 500.0, "scale_base": None, "interleaved": False}
+    module = RotaryEmbedding(**options, pos_idx_in_fp32=True, device=torch.get_default_device())
+    assert module.pos_idx_in_fp32
+    x = torch.randn(1, 4, 3, 2, 8)
+    assert torch.equal(module(x.clone()), RotaryEmbedding(**options)(x.clone()))
+    with pytest.raises(NotImplementedError, match="pos_idx_in_fp32: is False"):
+        RotaryEmbedding(**options, pos_idx_in_fp32=False)
+
+
 def test_as_modernbert_and_esm_use_it():
     """In place on a packed qkv seen as heads, with cu_seqlens and max_seqlen."""
     module = RotaryEmbedding(8)
