@@ -150,14 +150,8 @@ def _check_given(**arguments: Any) -> None:
             raise ValueError(f"{name}: must be given with cu_seqlens, is None")
 
 
-class SelfAttention(nn.Module):
-    """Attention of a packed qkv through PyTorch's own function, with a mask of padding.
-
-    Arguments:
-        causal: whether query i sees keys j <= i.
-        softmax_scale: None is D**-0.5.
-        attention_dropout: the probability of dropping an element of P, in training.
-    """
+class _PlainAttention(nn.Module):
+    """What SelfAttention and CrossAttention are made with."""
 
     def __init__(
         self,
@@ -169,6 +163,16 @@ class SelfAttention(nn.Module):
         self.causal = causal
         self.softmax_scale = softmax_scale
         self.drop = nn.Dropout(attention_dropout)
+
+
+class SelfAttention(_PlainAttention):
+    """Attention of a packed qkv through PyTorch's own function, with a mask of padding.
+
+    Arguments:
+        causal: whether query i sees keys j <= i.
+        softmax_scale: None is D**-0.5.
+        attention_dropout: the probability of dropping an element of P, in training.
+    """
 
     def forward(
         self,
@@ -188,7 +192,7 @@ class SelfAttention(nn.Module):
         return _sdpa(self, q, k, v, visible, False)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(_PlainAttention):
     """Attention of q and a packed kv through PyTorch's own function, with a mask of padding.
 
     Arguments:
@@ -196,17 +200,6 @@ class CrossAttention(nn.Module):
         softmax_scale: None is D**-0.5.
         attention_dropout: the probability of dropping an element of P, in training.
     """
-
-    def __init__(
-        self,
-        causal: bool = False,
-        softmax_scale: float | None = None,
-        attention_dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.causal = causal
-        self.softmax_scale = softmax_scale
-        self.drop = nn.Dropout(attention_dropout)
 
     def forward(
         self,

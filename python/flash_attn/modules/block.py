@@ -52,13 +52,27 @@ def _eps(norm: nn.Module, x: torch.Tensor) -> float:
     return torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
 
 
-def _mark(norms: list[nn.Module], mark: str) -> None:
+def _mark(norms: list[nn.Module], **marks: bool) -> None:
     for norm in norms:
         for parameter in norm.parameters():
-            setattr(parameter, mark, True)
+            for mark, is_wanted in marks.items():
+                if is_wanted:
+                    setattr(parameter, mark, True)
 
 
-class Block(nn.Module):
+class _WithMixer(nn.Module):
+    """What Block and ParallelBlock share."""
+
+    mixer: nn.Module
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Any:
+        """The mixer's."""
+        return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+
+
+class Block(_WithMixer):
     """A mixer and an MLP in sequence.
 
     prenorm: dropout -> add -> norm -> mixer -> dropout -> add -> norm -> MLP, from (the output of
@@ -118,16 +132,7 @@ class Block(nn.Module):
             norms.append(self.norm2)
         if fused_dropout_add_ln:
             _check_fused(self.norm1, self.dropout1)
-        if sequence_parallel:
-            _mark(norms, "_sequence_parallel")
-        if mark_shared_params:
-            _mark(norms, "_shared_params")
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> Any:
-        """The mixer's."""
-        return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+        _mark(norms, _sequence_parallel=sequence_parallel, _shared_params=mark_shared_params)
 
     def forward(
         self,
@@ -209,7 +214,7 @@ class Block(nn.Module):
         )
 
 
-class ParallelBlock(nn.Module):
+class ParallelBlock(_WithMixer):
     """A mixer and an MLP side by side, as in GPT-J and PaLM.
 
     dropout -> add -> norm -> mixer and MLP, from (the last mixer's output, the last MLP's output,
@@ -251,16 +256,7 @@ class ParallelBlock(nn.Module):
                 raise NotImplementedError(
                     "fused_dropout_add_ln: needs resid_dropout1 equal to resid_dropout2"
                 )
-        if sequence_parallel:
-            _mark(norms, "_sequence_parallel")
-        if mark_shared_params:
-            _mark(norms, "_shared_params")
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> Any:
-        """The mixer's."""
-        return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+        _mark(norms, _sequence_parallel=sequence_parallel, _shared_params=mark_shared_params)
 
     def forward(
         self,

@@ -7,6 +7,7 @@ Computed in fp32 on every device; the formulas stand in ops._norm.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -130,8 +131,11 @@ def dropout_add_layer_norm_parallel_residual(
     return parallel_outputs(result, prenorm, return_dropout_mask)
 
 
-class DropoutAddLayerNorm(torch.nn.Module):
-    """dropout_add_layer_norm with its weight and bias [hidden_size]; dropout in training only."""
+class DropoutAddNorm(torch.nn.Module):
+    """What DropoutAddLayerNorm and ops.rms_norm.DropoutAddRMSNorm share."""
+
+    function: Callable[..., Outputs]  # dropout_add_layer_norm, or dropout_add_rms_norm
+    has_bias: bool
 
     def __init__(
         self,
@@ -149,16 +153,18 @@ class DropoutAddLayerNorm(torch.nn.Module):
         self.eps = eps
         self.residual_in_fp32 = residual_in_fp32
         self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        self.bias = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        bias = torch.empty_like(self.weight) if self.has_bias else None
+        self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         torch.nn.init.ones_(self.weight)
-        torch.nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
 
     def forward(self, x0: torch.Tensor, residual: torch.Tensor | None = None) -> Outputs:
         """y [..., hidden_size]; with prenorm (y, z)."""
-        return dropout_add_layer_norm(
+        return self.function(
             x0,
             residual,
             self.weight,
@@ -168,3 +174,10 @@ class DropoutAddLayerNorm(torch.nn.Module):
             prenorm=self.prenorm,
             residual_in_fp32=self.residual_in_fp32,
         )
+
+
+class DropoutAddLayerNorm(DropoutAddNorm):
+    """dropout_add_layer_norm with its weight and bias [hidden_size]; dropout in training only."""
+
+    function = staticmethod(dropout_add_layer_norm)
+    has_bias = True

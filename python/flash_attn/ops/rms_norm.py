@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ._norm import NormOptions, add_norm
-from .layer_norm import Outputs, parallel_outputs, single_outputs
+from .layer_norm import DropoutAddNorm, Outputs, parallel_outputs, single_outputs
 
 __all__ = [
     "DropoutAddRMSNorm",
@@ -102,40 +102,8 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class DropoutAddRMSNorm(torch.nn.Module):
+class DropoutAddRMSNorm(DropoutAddNorm):
     """dropout_add_rms_norm with its weight [hidden_size]; dropout in training only."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        prenorm: bool = False,
-        p: float = 0.0,
-        eps: float = 1e-5,
-        residual_in_fp32: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.prenorm = prenorm
-        self.p = p
-        self.eps = eps
-        self.residual_in_fp32 = residual_in_fp32
-        self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        torch.nn.init.ones_(self.weight)
-
-    def forward(self, x0: torch.Tensor, residual: torch.Tensor | None = None) -> Outputs:
-        """y [..., hidden_size]; with prenorm (y, z)."""
-        return dropout_add_rms_norm(
-            x0,
-            residual,
-            self.weight,
-            None,
-            self.p if self.training else 0.0,
-            self.eps,
-            prenorm=self.prenorm,
-            residual_in_fp32=self.residual_in_fp32,
-        )
+    function = staticmethod(dropout_add_rms_norm)
+    has_bias = False
