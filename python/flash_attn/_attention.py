@@ -4,6 +4,7 @@ autograd.Function for all of them."""
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,6 @@ from . import _environment, _native
 
 # The library may have been loaded before PyTorch, by a call on arrays.
 _native.share_threads_with_torch()
-
-Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # S_dmask's sequence dimensions are rounded up to multiples of this.
 _S_DMASK_MULTIPLE = 128
@@ -424,9 +423,16 @@ def run_with_kvcache(
     serve = _native if q.is_cpu and _native_on_cpu else _backends()
     try:
         serve.forward_with_kvcache(*arguments)
+    except ValueError as error:
+        raise ValueError(_in_words_of_the_cache(str(error))) from None
     except _CLARIFIED as error:
         clear = _native.clarify(error, arguments, _native.KVCACHE_ARGUMENTS)
         raise clear from (None if clear is error else error)
+
+
+def _in_words_of_the_cache(message: str) -> str:
+    """The native library's k and v are k_cache and v_cache here, its k_new and v_new k and v."""
+    return re.sub(r"\b([kv])(_new)?\b", lambda it: it[1] + ("" if it[2] else "_cache"), message)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int | torch.Tensor:

@@ -237,8 +237,11 @@ def clarify(
     """
     if isinstance(error, (NotImplementedError, ValueError, MemoryError)):
         return error
-    devices = set()
-    names = [*(first or {}).items(), *ARGUMENTS.items()]
+    devices: dict[str, str] = {}
+    first = first or {}
+    # Beside the k and v that are appended, those attended to are the cache's.
+    others = ((f"{name}_cache" if name in first else name, ARGUMENTS[name]) for name in ARGUMENTS)
+    names = [*first.items(), *others]
     for (name, kind), value in zip(names, arguments):
         if value is None:
             optional = kind in ("tensor", "str") and (first or name not in ("q", "k", "v"))
@@ -247,25 +250,34 @@ def clarify(
         if kind == "tensor":
             if not hasattr(value, "__dlpack__"):
                 return TypeError(f"{name}: must be a tensor, is {_describe(value)}")
-            devices.add(_device(value))
+            layout = str(getattr(value, "layout", "torch.strided"))
+            if layout.startswith("torch.") and layout != "torch.strided":
+                return TypeError(f"{name}: must be a dense tensor, has layout {layout}")
+            devices[name] = _device(value)
         elif kind in ("int", "bool"):
             if not isinstance(value, Integral):
-                return TypeError(f"{name}: must be an integer, is {_describe(value)}")
+                wanted = "an integer" if kind == "int" else "True or False"
+                return TypeError(f"{name}: must be {wanted}, is {_describe(value)}")
             if int(value) not in _INT64:
                 return ValueError(f"{name}: is {value}, outside the range of int64")
         elif kind == "float" and not isinstance(value, Real):
             return TypeError(f"{name}: must be a number, is {_describe(value)}")
         elif kind == "str" and not isinstance(value, str):
             return TypeError(f"{name}: must be a string, is {_describe(value)}")
-    if len(devices) > 1:
-        return ValueError(f"q, k, v, ...: must be on one device, are on {sorted(devices)}")
-    if not devices <= set(DEVICE_TYPES) and not isinstance(error, RuntimeError):
-        return NotImplementedError(f"no native implementation runs on {sorted(devices)}: {error}")
+    for name, device in devices.items():
+        if device != devices["q"]:
+            return ValueError(f"{name}: is on {device}, must be on q's device, {devices['q']}")
+    if not {*devices.values()} <= {*DEVICE_TYPES} and not isinstance(error, RuntimeError):
+        return NotImplementedError(f"no native implementation runs on {devices['q']}: {error}")
     return error
 
 
 def _describe(value: Any) -> str:
-    return "None" if value is None else f"{value!r:.60} ({type(value).__name__})"
+    if value is None:
+        return "None"
+    if hasattr(value, "__dlpack__") and getattr(value, "ndim", 0) > 0:
+        return f"a {type(value).__name__} of shape {[*value.shape]}"
+    return f"{value!r:.60} ({type(value).__name__})"
 
 
 def _device(tensor: Any) -> str:

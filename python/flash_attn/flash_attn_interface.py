@@ -14,7 +14,7 @@ Options that all functions share:
 
 - `dropout_p` in [0, 1): the probability of dropping an element of P. The seed comes from PyTorch's
   default CPU generator, so torch.manual_seed() repeats a call.
-- `softmax_scale`: a positive number; None is D**-0.5.
+- `softmax_scale`: a number, at least 0; None is D**-0.5.
 - `causal`: query i sees keys j <= i + Sk - Sq. The mask is aligned to the bottom right corner.
 - `window_size` (left, right): query i sees keys [i + Sk - Sq - left, i + Sk - Sq + right]; -1 is no
   bound on that side.

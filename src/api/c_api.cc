@@ -95,6 +95,15 @@ DataType to_dtype(const fa_tensor& tensor) {
   return DataType::kOther;
 }
 
+// As frameworks call it; the formats of 8 and fewer bits, codes 7 to 17, are floats.
+std::string dtype_text(const fa_tensor& tensor) {
+  constexpr const char* kKinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+  const int code = tensor.dtype_code, bits = tensor.dtype_bits;
+  if (code < 7) return core::concat(kKinds[code], bits);
+  if (code <= 17) return core::concat("float", bits);
+  return core::concat("of code ", code, " and ", bits, " bits");
+}
+
 // The struct's own fields, before any of them is trusted.
 Status check_fields(const fa_tensor& tensor, const char* name) {
   if (tensor.ndim < 0 || tensor.ndim > core::kMaxRank) {
@@ -135,6 +144,11 @@ Status to_view(const fa_tensor* tensor, const char* name, TensorView& view) {
   if (tensor == nullptr) return {};  // the view stays absent
   FA_TRY(check_fields(*tensor, name));
   view.dtype = to_dtype(*tensor);
+  if (view.dtype == DataType::kOther) {
+    return core::invalid_argument(name, ": dtype is ", dtype_text(*tensor),
+                                  ", must be one that the library knows: float32, float16, "
+                                  "bfloat16; int32 for lengths and indices; bool for a mask");
+  }
   view.device = {static_cast<core::DeviceType>(tensor->device_type), tensor->device_id};
   view.ndim = tensor->ndim;
   for (int d = 0; d < view.ndim; ++d) view.shape[d] = tensor->shape[d];

@@ -197,8 +197,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "lengths_of_another_batch": ({"cache_seqlens": lengths(1, 2, 3)}, "cache_seqlens: length is 3"),
     "row_out_of_range": ({"cache_batch_idx": lengths(0, 2)}, "cache_batch_idx: entry 1 is 2"),
     "leftpad_beyond_the_row": ({"cache_leftpad": lengths(9, 0)}, "cache_leftpad: entry 0 is 9"),
-    "new_keys_of_another_head_dim": ({"k": normal(2, 1, 2, 8)}, r"k_new: shape is \[2, 1, 2, 8\]"),
-    "new_keys_without_values": ({"v": None}, "v_new: is missing"),
+    "new_keys_of_another_head_dim": ({"k": normal(2, 1, 2, 8)}, r"^k: shape is \[2, 1, 2, 8\]"),
+    "new_keys_without_values": ({"v": None}, "^v: is missing, must be given together with k$"),
     "rotary_too_short": (
         {"rotary_cos": normal(4, 8), "rotary_sin": normal(4, 8)},
         "rotary_cos: has 4 positions",
@@ -217,9 +217,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "cache_batch_idx: entries 0 and 1 are both 1, must differ",
     ),
     "leftpad_negative": ({"cache_leftpad": lengths(0, -1)}, "cache_leftpad: entry 1 is -1"),
-    "new_keys_of_another_dtype": ({"k": normal(2, 1, 2, 16).half()}, "k_new: dtype is float16"),
-    "new_keys_of_another_batch": ({"k": normal(1, 1, 2, 16)}, "k_new: shape"),
-    "queries_of_another_batch": ({"q": normal(3, 1, 4, 16)}, "batch"),
+    "new_keys_of_another_dtype": ({"k": normal(2, 1, 2, 16).half()}, "^k: dtype is float16"),
+    "new_keys_of_another_batch": ({"k": normal(1, 1, 2, 16)}, "^k: shape"),
+    "queries_of_another_batch": (
+        {"q": normal(3, 1, 4, 16), "k": None, "v": None},
+        "^k_cache: batch_cache is 2, must equal q's batch 3",
+    ),
+    "queries_of_another_dtype": (
+        {"q": normal(2, 1, 4, 16).half()},
+        "^k_cache: dtype is float32, must equal q's float16",
+    ),
     "rotary_without_new_keys": (
         {"k": None, "v": None, "rotary_cos": normal(30, 8), "rotary_sin": normal(30, 8)},
         "rotary_cos: is given",
