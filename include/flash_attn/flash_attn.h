@@ -109,6 +109,11 @@ typedef struct fa_attention_args {
   /* "cpu", "cpu:avx2", "reference"; NULL: FLASH_ATTENTION_BACKEND or the best; "": the best */
   const char* backend;
   void* stream; /* a CUDA stream; ignored on the CPU */
+  /* On a GPU: gives `bytes` of memory on q's device, aligned to 64 bytes, that stays until what the
+   * call enqueues on `stream` is done; NULL where there is none. Asked at most once, where a call
+   * needs memory: a KV cache with rotary embedding or splits. */
+  void* (*allocate_workspace)(void* context, int64_t bytes);
+  void* workspace_context;
 } fa_attention_args;
 
 FA_API void fa_attention_args_init(fa_attention_args* args);

@@ -288,17 +288,33 @@ class Workspace {
   int64_t capacity_ = 0;
 };
 
-Status run_plan(const core::Plan& plan, const AttentionArgs& args, void* stream_handle) {
-  if (args.q.device.type != core::DeviceType::kCpu) {
-    return plan.run(args, nullptr, {stream_handle, nullptr});
+Status no_workspace(int64_t bytes) {
+  return {StatusCode::kOutOfMemory, core::concat("no memory for ", bytes, " bytes of workspace")};
+}
+
+Status run_on_device(const core::Plan& plan, const AttentionArgs& args,
+                     const fa_attention_args& c_args) {
+  const int64_t bytes = plan.workspace_bytes(0);
+  void* scratch = nullptr;
+  if (bytes > 0) {
+    if (c_args.allocate_workspace == nullptr) {
+      return core::invalid_argument("allocate_workspace: is NULL, the call needs ", bytes,
+                                    " bytes of memory on ", core::name(args.q.device));
+    }
+    scratch = c_args.allocate_workspace(c_args.workspace_context, bytes);
+    if (scratch == nullptr) return no_workspace(bytes);
   }
+  return plan.run(args, scratch, {c_args.stream, nullptr});
+}
+
+Status run_plan(const core::Plan& plan, const AttentionArgs& args,
+                const fa_attention_args& c_args) {
+  if (args.q.device.type != core::DeviceType::kCpu) return run_on_device(plan, args, c_args);
   thread_local Workspace workspace;
-  const core::Stream stream{stream_handle, &cpu::default_parallel()};
+  const core::Stream stream{c_args.stream, &cpu::default_parallel()};
   const int64_t bytes = plan.workspace_bytes(stream.parallel->num_workers());
   void* scratch = workspace.reserve(bytes);
-  if (bytes > 0 && scratch == nullptr) {
-    return {StatusCode::kOutOfMemory, core::concat("no memory for ", bytes, " bytes of workspace")};
-  }
+  if (bytes > 0 && scratch == nullptr) return no_workspace(bytes);
   Status status = plan.run(args, scratch, stream);
   workspace.trim();
   return status;
@@ -315,7 +331,7 @@ Status run(const Result<AttentionProblem>& problem, const AttentionArgs& args,
   const Result<core::Choice> choice =
       core::choose(problem.value(), args.q.device, forced_backend(*c_args));
   if (!choice.ok()) return choice.status();
-  return run_plan(*choice.value().plan, args, c_args->stream);
+  return run_plan(*choice.value().plan, args, *c_args);
 }
 
 // Where a text goes, as fa_explain() takes it.

@@ -68,6 +68,30 @@ void* current_stream(const fa_tensor* tensor) {
   return TVMFFIEnvGetStream(tensor->device_type, tensor->device_id);
 }
 
+// Device memory for a call, from the framework of its arguments, whose allocator knows the stream.
+class Workspace {
+ public:
+  explicit Workspace(DLDevice device) : device_(device) {}
+
+  static void* allocate(void* self, int64_t bytes) {
+    return static_cast<Workspace*>(self)->allocate_bytes(bytes);
+  }
+
+ private:
+  // Null where the framework has no memory, or no allocator to lend.
+  void* allocate_bytes(int64_t bytes) try {
+    const int64_t shape[] = {bytes};
+    memory_ = ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ffi::ShapeView(shape, 1),
+                                        DLDataType{kDLUInt, 8, 1}, device_);
+    return memory_.value().data_ptr();
+  } catch (const ffi::Error&) {
+    return nullptr;
+  }
+
+  DLDevice device_;
+  ffi::Optional<ffi::Tensor> memory_;
+};
+
 // A function of one attention call: `call` takes its arguments after those in Extra, which are
 // kBody's.
 template <auto kBody, class... Extra>
@@ -108,6 +132,9 @@ struct AttentionCall {
     args.dropout_offset = static_cast<uint64_t>(offset);
     args.backend = backend.has_value() ? backend.value().c_str() : nullptr;
     args.stream = current_stream(args.q);
+    Workspace workspace(q->device);
+    args.allocate_workspace = Workspace::allocate;
+    args.workspace_context = &workspace;
     return kBody(args, extra...);
   }
 };

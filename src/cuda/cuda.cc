@@ -1,5 +1,6 @@
 #include "cuda/cuda.h"
 
+#include "cuda/cache_plan.h"
 #include "cuda/device.h"
 #include "cuda/forward_plan.h"
 #include "cuda/heuristics.h"
@@ -20,6 +21,9 @@ Result<core::PlanPtr> accept_sm80(const core::AttentionProblem& problem, core::D
   if (!found.ok()) return found.status();
   FA_TRY(check_sm80(problem, found.value()->properties));
   FA_TRY(check_compiler());
+  if (problem.layout == core::Layout::kCache) {
+    return make_cache_plan(problem, at.index, *found.value());
+  }
   const KernelId kernel = choose_sm80(problem, found.value()->properties);
   return make_forward_plan(problem, at.index, *found.value(), kernel, kernel);
 }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 
 #include "cuda/device/kernel_args.h"
 #include "cuda/heuristics.h"
@@ -17,11 +16,6 @@ using core::AttentionProblem;
 using core::Result;
 using core::Status;
 using core::TensorView;
-
-TensorArgs tensor_args(const TensorView& view) {
-  if (view.ndim == 4) return {view.data, view.strides[0], view.strides[1], view.strides[2]};
-  return {view.data, 0, view.strides[0], view.strides[1]};
-}
 
 // A window's side, which the kernels count in 32 bits; wider than any sequence is no bound.
 int band_side(int64_t side, int64_t longest) {
@@ -137,22 +131,6 @@ Status make_tensor_maps(const Driver& driver, const AttentionArgs& args, const K
   return make_tensor_map(driver, args.v, spec.tile_n, maps.v);
 }
 
-// A kernel that is found when it is first needed.
-class LazyKernel {
- public:
-  explicit LazyKernel(const KernelId& id) : id_(id) {}
-  Result<const LoadedKernel*> get(int device_index) const {
-    if (const LoadedKernel* known = kernel_.load(std::memory_order_acquire)) return known;
-    const Result<const LoadedKernel*> kernel = load_kernel(device_index, id_);
-    if (kernel.ok()) kernel_.store(kernel.value(), std::memory_order_release);
-    return kernel;
-  }
-
- private:
-  const KernelId id_;
-  mutable std::atomic<const LoadedKernel*> kernel_{nullptr};
-};
-
 class ForwardPlan final : public core::Plan {
  public:
   ForwardPlan(const AttentionProblem& problem, int device_index, const Device& device,
@@ -174,12 +152,13 @@ class ForwardPlan final : public core::Plan {
     const Result<const LoadedKernel*> kernel = lazy.get(device_index_);
     if (!kernel.ok()) return kernel.status();
     const KernelSpec& spec = kernel.value()->id.spec;
-    ForwardArgs launch_args = forward_args(args, spec);
+    ForwardArgs launch_args = forward_args(problem_, args, spec);
     TensorMaps tensor_maps;
     if (maps) FA_TRY(make_tensor_maps(*device_.driver, args, spec, tensor_maps));
     void* arguments[] = {&launch_args, &tensor_maps};
     const int64_t blocks = num_blocks(launch_args.schedule);
     launch_args.schedule.num_blocks = static_cast<int>(std::min(blocks, kMaxBlocks));
+    launch_args.splits.num_tiles = launch_args.schedule.num_blocks;
     FA_TRY(kernel.value()->launch(blocks > kMaxBlocks ? blocks
                                                       : num_launched(problem_, kernel.value()->id,
                                                                      blocks, device_.properties),
@@ -190,31 +169,10 @@ class ForwardPlan final : public core::Plan {
   std::string describe() const override {
     const Result<const LoadedKernel*> kernel = kernel_.get(device_index_);
     if (!kernel.ok()) return kernel.status().message();
-    const LoadedKernel& it = *kernel.value();
-    std::string text = core::concat(to_string(it.id), ", ", it.registers, " registers, ",
-                                    dynamic_shared_bytes(it.id), " bytes of shared memory");
-    if (it.local_bytes > 0) text += core::concat(", ", it.local_bytes, " bytes of local memory");
-    return text;
+    return describe_kernel(*kernel.value());
   }
 
  private:
-  ForwardArgs forward_args(const AttentionArgs& args, const KernelSpec& spec) const {
-    ForwardArgs to{};
-    to.q = tensor_args(args.q);
-    to.k = tensor_args(args.k);
-    to.v = tensor_args(args.v);
-    to.out = tensor_args(args.out);
-    to.shape = shape_args(problem_);
-    to.schedule.num_tiles_m =
-        static_cast<int>(std::max<int64_t>((problem_.seqlen_q + spec.tile_m - 1) / spec.tile_m, 1));
-    to.schedule.heads_per_group = heads_per_group(problem_);
-    set_lse(args, problem_, to);
-    set_sequences(args, problem_, to);
-    set_score(args, problem_, spec.score, to.score);
-    set_dropout(args, problem_, to.dropout);
-    return to;
-  }
-
   // Varlen: one batch entry more, for the rows behind the last sequence.
   int64_t num_blocks(const ScheduleArgs& schedule) const {
     const int64_t entries = problem_.batch + (problem_.layout == core::Layout::kVarlen ? 1 : 0);
@@ -249,6 +207,30 @@ class ForwardPlan final : public core::Plan {
 };
 
 }  // namespace
+
+TensorArgs tensor_args(const TensorView& view) {
+  if (view.ndim == 4) return {view.data, view.strides[0], view.strides[1], view.strides[2]};
+  return {view.data, 0, view.strides[0], view.strides[1]};
+}
+
+ForwardArgs forward_args(const AttentionProblem& problem, const AttentionArgs& args,
+                         const KernelSpec& spec) {
+  ForwardArgs to{};
+  to.q = tensor_args(args.q);
+  to.k = tensor_args(args.k);
+  to.v = tensor_args(args.v);
+  to.out = tensor_args(args.out);
+  to.shape = shape_args(problem);
+  to.schedule.num_tiles_m = static_cast<int>(tiles_m(problem, spec));
+  to.schedule.num_heads = static_cast<int>(spec.packs ? problem.num_heads_kv : problem.num_heads);
+  to.schedule.heads_per_group = spec.packs ? 1 : heads_per_group(problem);
+  to.splits.num_splits = 1;
+  set_lse(args, problem, to);
+  set_sequences(args, problem, to);
+  set_score(args, problem, spec.score, to.score);
+  set_dropout(args, problem, to.dropout);
+  return to;
+}
 
 core::PlanPtr make_forward_plan(const AttentionProblem& problem, int device_index,
                                 const Device& device, const KernelId& kernel,

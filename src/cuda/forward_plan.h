@@ -3,9 +3,16 @@
 
 #include "core/implementation.h"
 #include "cuda/device.h"
+#include "cuda/device/kernel_args.h"
 #include "cuda/kernel_id.h"
 
 namespace fa::cuda {
+
+TensorArgs tensor_args(const core::TensorView& view);
+
+// All that a kernel of `spec` is to know of a call but the number of its blocks.
+ForwardArgs forward_args(const core::AttentionProblem& problem, const core::AttentionArgs& args,
+                         const KernelSpec& spec);
 
 // `kernel` is one that the heuristics choose for `problem` on the device; `otherwise` serves calls
 // whose tensors Hopper's copy engine cannot be told of, where `kernel` is Hopper's.

@@ -1,6 +1,7 @@
 #include "cuda/heuristics.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 
 namespace fa::cuda {
@@ -105,6 +106,22 @@ KernelSpec spec_90(Element element, const Tile90& tile, Score score) {
   return spec;
 }
 
+// Rows of few queries: two warps, so that several blocks of a multiprocessor keep loads in flight.
+// Where memory is waited for, the general score costs nothing.
+KernelSpec spec_packed(Element element, HeadDims dims, Loader loader) {
+  KernelSpec spec;
+  spec.element = element;
+  spec.head_dim = dims.qk;
+  spec.head_dim_v = dims.v;
+  spec.tile_m = 32;
+  spec.tile_n = dims.qk <= 64 ? 128 : 64;
+  spec.num_warps = 2;
+  spec.score = Score::kGeneral;
+  spec.loader = loader;
+  spec.packs = true;
+  return spec;
+}
+
 KernelSpec spec_32(HeadDims dims) {
   KernelSpec spec;
   spec.element = Element::kFloat32;
@@ -118,6 +135,49 @@ KernelSpec spec_32(HeadDims dims) {
   return spec;
 }
 
+int64_t blocks_per_multiprocessor(const KernelId& kernel, const DeviceProperties& properties) {
+  constexpr int64_t kReserved = 1024;  // shared memory that the system takes of each block
+  return std::max<int64_t>(
+      (properties.max_shared_bytes + kReserved) / (dynamic_shared_bytes(kernel) + kReserved), 1);
+}
+
+int64_t num_tiles(const AttentionProblem& problem, const KernelSpec& spec) {
+  return problem.batch * (spec.packs ? problem.num_heads_kv : problem.num_heads) *
+         tiles_m(problem, spec);
+}
+
+// Whether the tiles of few queries serve better than those of `spec`: a tile holds all rows of a
+// group, keys are to be shared among blocks, or blocks are far fewer than multiprocessors.
+bool wants_packed(const AttentionProblem& problem, const KernelSpec& spec,
+                  const DeviceProperties& properties) {
+  constexpr int64_t kFewRows = 64;
+  const int64_t rows = problem.seqlen_q * (problem.num_heads / problem.num_heads_kv);
+  if (rows <= kFewRows || problem.num_splits > 1) return true;
+  return problem.num_splits == 0 && 2 * num_tiles(problem, spec) <= properties.multiprocessors;
+}
+
+// The fewest splits whose waves of blocks are nearly as full as any number's.
+int num_splits(const AttentionProblem& problem, const KernelId& kernel,
+               const DeviceProperties& properties) {
+  constexpr int64_t kMaxSplits = 128;
+  constexpr int64_t kMinSteps = 4;  // of a split, so that its start and end cost little
+  constexpr double kNearlyAsFull = 0.85;
+  const int64_t steps = problem.seqlen_k / kernel.spec.tile_n;
+  const int64_t most = std::clamp<int64_t>(steps / kMinSteps, 1, kMaxSplits);
+  const double at_once = static_cast<double>(properties.multiprocessors *
+                                             blocks_per_multiprocessor(kernel, properties));
+  const double tiles = static_cast<double>(num_tiles(problem, kernel.spec));
+  const auto fullness = [&](int64_t splits) {
+    const double waves = tiles * static_cast<double>(splits) / at_once;
+    return waves / std::ceil(waves);
+  };
+  double best = 0.0;
+  for (int64_t splits = 1; splits <= most; ++splits) best = std::max(best, fullness(splits));
+  int64_t splits = 1;
+  while (fullness(splits) < kNearlyAsFull * best) ++splits;
+  return static_cast<int>(splits);
+}
+
 }  // namespace
 
 Status check_sm80(const AttentionProblem& problem, const DeviceProperties& properties) {
@@ -128,9 +188,6 @@ Status check_sm80(const AttentionProblem& problem, const DeviceProperties& prope
   }
   if (problem.direction != core::Direction::kForward) {
     return core::unsupported("the backward is not among these kernels; triton serves it");
-  }
-  if (problem.layout == core::Layout::kCache) {
-    return core::unsupported("a KV cache is not among these kernels' layouts; triton serves it");
   }
   if (std::max(problem.head_dim, problem.head_dim_v) > kMaxHeadDim) {
     return core::unsupported("head_dim is ", std::max(problem.head_dim, problem.head_dim_v),
@@ -151,6 +208,9 @@ Status check_sm90(const AttentionProblem& problem, const DeviceProperties& prope
   FA_TRY(check_sm80(problem, properties));
   if (problem.dtype == DataType::kFloat32) {
     return core::unsupported("q: dtype is float32, must be float16 or bfloat16");
+  }
+  if (problem.layout == core::Layout::kCache) {
+    return core::unsupported("cache_seqlens: a KV cache is cuda:sm80's");
   }
   if (problem.page_size > 0) return core::unsupported("block_table: pages are cuda:sm80's");
   if (!problem.vector_rows) {
@@ -176,6 +236,33 @@ KernelId choose_sm80(const AttentionProblem& problem, const DeviceProperties& pr
   }
   return {Family::kForward80,
           spec_80(element_of(problem.dtype), dims, score, problem.dropout, loader, properties)};
+}
+
+CacheChoice choose_cache(const AttentionProblem& problem, const DeviceProperties& properties) {
+  CacheChoice choice{choose_sm80(problem, properties), 1};
+  if (problem.dtype != DataType::kFloat32) {
+    const KernelSpec& spec = choice.kernel.spec;
+    const KernelSpec packed =
+        spec_packed(spec.element, {spec.head_dim, spec.head_dim_v}, spec.loader);
+    if (wants_packed(problem, spec, properties)) choice.kernel.spec = packed;
+    if (!choice.kernel.spec.packs) return choice;
+  }
+  choice.num_splits = static_cast<int>(problem.num_splits);
+  if (problem.num_splits == 0) {
+    choice.num_splits = num_splits(problem, choice.kernel, properties);
+  }
+  return choice;
+}
+
+KernelId choose_around_cache(Family family, const AttentionProblem& problem) {
+  KernelSpec spec;
+  spec.element = element_of(problem.dtype);
+  return {family, spec};
+}
+
+int64_t tiles_m(const AttentionProblem& problem, const KernelSpec& spec) {
+  const int64_t group = spec.packs ? problem.num_heads / problem.num_heads_kv : 1;
+  return std::max<int64_t>((problem.seqlen_q * group + spec.tile_m - 1) / spec.tile_m, 1);
 }
 
 KernelId choose_sm90(const AttentionProblem& problem) {
@@ -237,6 +324,11 @@ std::vector<KernelId> reachable_kernels(const DeviceProperties& properties) {
                         spec_80(element, dims, it.score, it.dropout, it.loader, properties)});
       }
     }
+    for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
+      for (const Loader loader : {Loader::kVector, Loader::kPagedVector, Loader::kElement}) {
+        list.push_back({Family::kForward80, spec_packed(element, dims, loader)});
+      }
+    }
     const KernelId fp32{Family::kForward32, spec_32(dims)};
     if (std::find(list.begin(), list.end(), fp32) == list.end()) list.push_back(fp32);
   }
@@ -254,6 +346,8 @@ std::vector<KernelId> reachable_kernels(const DeviceProperties& properties) {
     AttentionProblem problem;
     problem.dtype = dtype;
     list.push_back(choose_s_dmask(problem));
+    list.push_back(choose_around_cache(Family::kUpdateCache, problem));
+    list.push_back(choose_around_cache(Family::kCombineSplits, problem));
   }
   return list;
 }

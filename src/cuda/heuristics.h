@@ -26,6 +26,20 @@ KernelId choose_sm90(const core::AttentionProblem& problem);
 // The kernel that writes S_dmask.
 KernelId choose_s_dmask(const core::AttentionProblem& problem);
 
+// The kernel for a KV cache that check_sm80() takes, and among how many blocks the keys of a tile
+// are shared.
+struct CacheChoice {
+  KernelId kernel;
+  int num_splits;
+};
+CacheChoice choose_cache(const core::AttentionProblem& problem, const DeviceProperties& properties);
+
+// The kernels around one for a KV cache: Family::kUpdateCache and Family::kCombineSplits.
+KernelId choose_around_cache(Family family, const core::AttentionProblem& problem);
+
+// Tiles of the longest sequence's rows, at least 1.
+int64_t tiles_m(const core::AttentionProblem& problem, const KernelSpec& spec);
+
 // Heads whose blocks take turns; see ScheduleArgs. Divides num_heads.
 int heads_per_group(const core::AttentionProblem& problem);
 

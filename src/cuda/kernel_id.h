@@ -7,7 +7,14 @@
 
 namespace fa::cuda {
 
-enum class Family : int { kForward80, kForward32, kSDmask, kForward90 };
+enum class Family : int {
+  kForward80,
+  kForward32,
+  kSDmask,
+  kForward90,
+  kUpdateCache,
+  kCombineSplits
+};
 
 struct KernelId {
   Family family = Family::kForward80;

@@ -103,7 +103,8 @@ class Store {
 }  // namespace
 
 const char* name(Family family) {
-  constexpr const char* kNames[] = {"forward_sm80", "forward_fp32", "s_dmask", "forward_sm90"};
+  constexpr const char* kNames[] = {"forward_sm80", "forward_fp32", "s_dmask",
+                                    "forward_sm90", "update_cache", "combine_splits"};
   return kNames[static_cast<int>(family)];
 }
 
@@ -114,7 +115,8 @@ std::string to_string(const KernelId& id) {
   return core::concat(name(id.family), " ", kElementNames[static_cast<int>(spec.element)],
                       " head_dim ", dims, kScoreNames[static_cast<int>(spec.score)],
                       spec.dropout ? " dropout" : "", kLoaderNames[static_cast<int>(spec.loader)],
-                      ", tile ", spec.tile_m, "x", spec.tile_n, ", ", spec.num_warps, " warps");
+                      spec.packs ? " packed" : "", ", tile ", spec.tile_m, "x", spec.tile_n, ", ",
+                      spec.num_warps, " warps");
 }
 
 std::string expression(const KernelId& id) {
@@ -125,7 +127,8 @@ std::string expression(const KernelId& id) {
       ", .head_dim_v = ", spec.head_dim_v, ", .tile_m = ", spec.tile_m, ", .tile_n = ", spec.tile_n,
       ", .num_warps = ", spec.num_warps, ", .score = fa::cuda::Score(",
       static_cast<int>(spec.score), "), .dropout = ", spec.dropout ? "true" : "false",
-      ", .loader = fa::cuda::Loader(", static_cast<int>(spec.loader), ")}>");
+      ", .loader = fa::cuda::Loader(", static_cast<int>(spec.loader),
+      "), .packs = ", spec.packs ? "true" : "false", "}>");
 }
 
 int threads(const KernelId& id) { return id.spec.num_warps * 32; }
@@ -139,6 +142,8 @@ int dynamic_shared_bytes(const KernelId& id) {
     case Family::kForward90:
       return forward_sm90_shared_bytes(id.spec);
     case Family::kSDmask:
+    case Family::kUpdateCache:
+    case Family::kCombineSplits:
       break;
   }
   return 0;
@@ -170,6 +175,13 @@ Result<const LoadedKernel*> load_kernel(int index, const KernelId& id) {
     slot.kernel = kernel.value();
   }
   return &*slot.kernel;
+}
+
+std::string describe_kernel(const LoadedKernel& it) {
+  std::string text = core::concat(to_string(it.id), ", ", it.registers, " registers, ",
+                                  dynamic_shared_bytes(it.id), " bytes of shared memory");
+  if (it.local_bytes > 0) text += core::concat(", ", it.local_bytes, " bytes of local memory");
+  return text;
 }
 
 Status LoadedKernel::launch(int64_t num_blocks, void** arguments, void* stream) const {

@@ -19,7 +19,7 @@ import flash_attn
 
 COMPUTE_CAPABILITIES = [80, 90, 100, 120]
 # Kernels that a device can be asked for, by its compute capability.
-REACHABLE = {80: 135, 90: 159, 100: 135, 120: 135}
+REACHABLE = {80: 183, 90: 207, 100: 183, 120: 183}
 # The two sums per 16 rows that a warp keeps between steps; more is a spill that costs.
 ALLOWED_SPILL = 96
 LINE = re.compile(r"^(\S+): (.*): (\d+) registers, (\d+) bytes spilled(.*)$")
@@ -37,7 +37,9 @@ pytestmark = pytest.mark.skipif(nvrtc() is None, reason="nvidia-cuda-nvrtc is no
 
 def is_hot(kernel: str) -> bool:
     """Without options that cost more than a spill would."""
-    return "forward_fp32" not in kernel and not re.search("general|paged|s_dmask", kernel)
+    if "packed" in kernel:  # of decoding, which all run the general score
+        return "unaligned" not in kernel
+    return not re.search("forward_fp32|general|paged|s_dmask|update_cache|combine_splits", kernel)
 
 
 @pytest.fixture(scope="module")

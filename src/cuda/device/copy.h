@@ -46,11 +46,35 @@ struct StridedRows {
   }
 };
 
+// Queries of the heads of a group, in turn.
+struct PackedRows {
+  Half* data;
+  Index query_stride;
+  Index head_stride;
+  int group;
+  __device__ Half* first(int row) const {
+    return data + row / group * query_stride + row % group * head_stride;
+  }
+  __device__ const Half* next(const Half*, int row, int step) const { return first(row + step); }
+};
+
 __device__ inline StridedRows query_rows(const TensorArgs& tensor, const Sequence& sequence,
                                          int head) {
   return {static_cast<Half*>(tensor.data) + sequence.q_batch * tensor.batch_stride +
               sequence.q_begin * tensor.row_stride + head * tensor.head_stride,
           tensor.row_stride};
+}
+
+// The rows of a tile, whose first head is `head`.
+template <bool kPacks>
+__device__ inline auto tile_rows(const ForwardArgs& args, const TensorArgs& tensor,
+                                 const Sequence& sequence, int head) {
+  const StridedRows rows = query_rows(tensor, sequence, head);
+  if constexpr (kPacks) {
+    return PackedRows{rows.data, rows.stride, tensor.head_stride, args.shape.heads_per_kv};
+  } else {
+    return rows;
+  }
 }
 
 // Rows [first_row, first_row + kRows) of one head into `tile`; rows from `end_row` on and columns
@@ -131,8 +155,8 @@ __device__ inline auto key_rows(const ForwardArgs& args, const TensorArgs& tenso
 }
 
 // A tile's rows below `end_row` and columns below `columns` to global memory.
-template <Loader kLoader, int kThreads, int kRows, int kColumns>
-__device__ inline void store_tile(SharedTile<kRows, kColumns> tile, StridedRows rows, int first_row,
+template <Loader kLoader, int kThreads, int kRows, int kColumns, class Rows>
+__device__ inline void store_tile(SharedTile<kRows, kColumns> tile, const Rows& rows, int first_row,
                                   int end_row, int columns, int thread) {
   using Shape = CopyShape<kRows, kColumns, kThreads>;
   using Tile = SharedTile<kRows, kColumns>;

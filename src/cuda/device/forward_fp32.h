@@ -124,6 +124,26 @@ struct Rows32 {
     }
   }
 
+  // What remains of row r of a split, whose sum over the lanes is `total`.
+  __device__ void store_split(int r, float total, const ForwardArgs& args, Index at, int lane) {
+    const bool empty = max[r] == -kInfinity;
+    store_columns(r, empty ? 0.0f : 1.0f / total, args,
+                  args.splits.o + at * args.splits.row_elements, lane);
+    if (lane == 0) args.splits.lse[at] = empty ? -kInfinity : max[r] + logf(total);
+  }
+
+  __device__ void store_columns(int r, float factor, const ForwardArgs& args, float* to, int lane) {
+#pragma unroll
+    for (int c = 0; c < F::kColumnGroups; ++c) {
+      const float4 value = o[r][c];
+      const float values[4] = {value.x, value.y, value.z, value.w};
+      for (int e = 0; e < 4; ++e) {
+        const int column = (c * F::kLanesPerRow + lane) * 4 + e;
+        if (column < args.shape.head_dim_v) to[column] = values[e] * factor;
+      }
+    }
+  }
+
   // `total` is the row's sum, over its lanes.
   __device__ void store(int r, float total, const ForwardArgs& args, const Sequence& sequence,
                         int head, int row, int lane) {
@@ -140,15 +160,7 @@ struct Rows32 {
     factor = empty ? 0.0f : factor / total;
     if (args.dropout.threshold != 0) factor *= args.dropout.keep_scale;
     float* out = const_cast<float*>(fp32_query_row(args.out, sequence, head, row));
-#pragma unroll
-    for (int c = 0; c < F::kColumnGroups; ++c) {
-      const float4 value = o[r][c];
-      const float values[4] = {value.x, value.y, value.z, value.w};
-      for (int e = 0; e < 4; ++e) {
-        const int column = (c * F::kLanesPerRow + lane) * 4 + e;
-        if (column < args.shape.head_dim_v) out[column] = values[e] * factor;
-      }
-    }
+    store_columns(r, factor, args, out, lane);
     if (args.lse == nullptr || lane != 0) return;
     args.lse[sequence.q_batch * args.lse_batch_stride + head * args.lse_head_stride +
              (sequence.q_begin + row) * args.lse_row_stride] =
@@ -158,7 +170,7 @@ struct Rows32 {
 
 template <KernelSpec kSpec>
 __device__ inline void attend_fp32(const ForwardArgs& args, const Sequence& sequence, int head,
-                                   int tile_row, float* shared) {
+                                   int tile_row, int split, float* shared) {
   using F = Forward32<kSpec>;
   const int lane = threadIdx.x % F::kLanesPerRow;
   const int thread_row = threadIdx.x / F::kLanesPerRow * F::kRowsPerThread;
@@ -180,7 +192,8 @@ __device__ inline void attend_fp32(const ForwardArgs& args, const Sequence& sequ
   const GeneralScore<Element::kFloat32> score(args, sequence, head);
   const Index batch_head = static_cast<Index>(sequence.batch) * args.shape.num_heads + head;
   const int last_row = min(tile_row + kSpec.tile_m, sequence.seqlen_q) - 1;
-  const KeySteps steps = key_steps<kSpec.tile_n>(args, sequence, tile_row, last_row);
+  const KeySteps steps = steps_of_split(key_steps<kSpec.tile_n>(args, sequence, tile_row, last_row),
+                                        split, args.splits.num_splits);
   Rows32<kSpec> rows;
 #pragma unroll 1
   for (int step = steps.end - 1; step >= steps.begin; --step) {
@@ -214,7 +227,12 @@ __device__ inline void attend_fp32(const ForwardArgs& args, const Sequence& sequ
   for (int r = 0; r < 2; ++r) {
     const int row = tile_row + thread_row + r;
     const float total = reduce_row(rows.sum[r], [](float a, float b) { return a + b; });
-    if (row < sequence.seqlen_q) rows.store(r, total, args, sequence, head, row, lane);
+    if (row >= sequence.seqlen_q) continue;
+    if (args.splits.num_splits > 1) {
+      rows.store_split(r, total, args, split_row(args, split, sequence.batch, head, row), lane);
+    } else {
+      rows.store(r, total, args, sequence, head, row, lane);
+    }
   }
 }
 
@@ -222,7 +240,8 @@ template <KernelSpec kSpec>
 __global__ void __launch_bounds__(Forward32<kSpec>::kThreads)
     forward_fp32(const __grid_constant__ ForwardArgs args) {
   extern __shared__ __align__(128) float floats[];
-  const Work work = work_of(args, blockIdx.x);
+  const int split = blockIdx.x / args.splits.num_tiles;
+  const Work work = work_of(args, blockIdx.x % args.splits.num_tiles);
   if (work.batch >= args.shape.batch) {
     clear_rows_past_the_end<Element::kFloat32>(args, work, threadIdx.x, Forward32<kSpec>::kThreads);
     return;
@@ -230,7 +249,7 @@ __global__ void __launch_bounds__(Forward32<kSpec>::kThreads)
   const Sequence sequence = sequence_of(args, work.batch);
   const int tile_row = work.tile * kSpec.tile_m;
   if (tile_row >= sequence.seqlen_q) return;
-  attend_fp32<kSpec>(args, sequence, work.head, tile_row, floats);
+  attend_fp32<kSpec>(args, sequence, work.head, tile_row, split, floats);
 }
 
 }  // namespace fa::cuda

@@ -29,7 +29,7 @@ struct Forward80 {
   using O = Accumulator<kTilesM, kTilesO>;
 };
 
-// One tile of rows of one head of one sequence.
+// One tile of rows of one sequence.
 template <KernelSpec kSpec>
 __device__ inline void attend_tile(const ForwardArgs& args, const Block& block,
                                    SharedAddress shared) {
@@ -53,8 +53,8 @@ __device__ inline void attend_tile(const ForwardArgs& args, const Block& block,
   int step = block.steps.end - 1;
   if (step >= block.steps.begin) {
     load_tile<kSpec.element, kSpec.loader, F::kThreads>(
-        q_tile, block.tile_row, block.sequence.seqlen_q, args.shape.head_dim, threadIdx.x,
-        query_rows(args.q, block.sequence, block.head));
+        q_tile, block.tile_row, block.num_rows, args.shape.head_dim, threadIdx.x,
+        tile_rows<kSpec.packs>(args, args.q, block.sequence, block.head));
     load_keys(k_tile, args.k, step, args.shape.head_dim);
   }
 #pragma unroll 1
@@ -72,13 +72,18 @@ __device__ inline void attend_tile(const ForwardArgs& args, const Block& block,
     softmax.apply_rescale(o);
     multiply_p_v<kSpec.element>(o, s, v_tile, lane);
   }
+  if constexpr (kSpec.packs) {
+    if (args.splits.num_splits > 1) {
+      return store_split<kSpec>(o, softmax, args, block, warp_row, lane);
+    }
+  }
   __syncthreads();  // out takes the place of q
   const typename F::OTile o_tile{shared};
   finish_rows<kSpec>(o, softmax, args, block, o_tile, block.tile_row, warp_row, lane);
   __syncthreads();
-  store_tile<kSpec.loader, F::kThreads>(o_tile, query_rows(args.out, block.sequence, block.head),
-                                        block.tile_row, block.sequence.seqlen_q,
-                                        args.shape.head_dim_v, threadIdx.x);
+  store_tile<kSpec.loader, F::kThreads>(
+      o_tile, tile_rows<kSpec.packs>(args, args.out, block.sequence, block.head), block.tile_row,
+      block.num_rows, args.shape.head_dim_v, threadIdx.x);
 }
 
 template <KernelSpec kSpec>
@@ -86,14 +91,16 @@ __global__ void __launch_bounds__(Forward80<kSpec>::kThreads)
     forward_sm80(const __grid_constant__ ForwardArgs args) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ Block block;
-  const Work work = work_of(args, blockIdx.x);
-  if (work.batch >= args.shape.batch) {
-    clear_rows_past_the_end<kSpec.element>(args, work, threadIdx.x, Forward80<kSpec>::kThreads);
-    return;
+  if constexpr (!kSpec.packs) {
+    const Work work = work_of(args, blockIdx.x);
+    if (work.batch >= args.shape.batch) {
+      clear_rows_past_the_end<kSpec.element>(args, work, threadIdx.x, Forward80<kSpec>::kThreads);
+      return;
+    }
   }
   if (threadIdx.x == 0) block = block_of<kSpec>(args, blockIdx.x);
   __syncthreads();
-  if (block.tile_row < block.sequence.seqlen_q) {
+  if (block.tile_row < block.num_rows) {
     attend_tile<kSpec>(args, block, shared_address(shared));
   }
 }

@@ -38,6 +38,17 @@ struct SequenceArgs {
   int total_k;  // varlen without pages
 };
 
+// What a KV cache holds; null `seqlens`: k and v are none. Sequence `b` is row batch_idx[b] of k
+// and v, or b without batch_idx, or its pages; of its seqlens[b] + seqlen_new keys the first
+// leftpad[b] are skipped.
+struct CacheArgs {
+  const int* seqlens;
+  const int* batch_idx;
+  const int* leftpad;
+  int seqlen_new;
+  int num_rows;  // of k and v
+};
+
 struct PageArgs {
   const int* block_table;  // null: not paged
   Index table_stride;
@@ -75,9 +86,23 @@ struct DropoutArgs {
 // in turn, so that these heads' keys share the L2 cache, the longest tiles first.
 struct ScheduleArgs {
   int num_tiles_m;  // of the longest sequence
+  int num_heads;    // that have tiles of their own: those of q, or those of k where they are packed
   int heads_per_group;
   int num_blocks;  // that a launch of one block per tile has; forward_sm90 may have fewer, each of
                    // which takes every gridDim-th tile
+};
+
+// How many blocks share the keys of a tile, and where they leave their results for combine_splits:
+// row r of split s, normalised, at o[(s * num_rows + r) * row_elements], and its log-sum-exp at
+// lse[s * num_rows + r], -infinity where it saw no key. r counts queries, then heads, then batch.
+struct SplitArgs {
+  float* o;
+  float* lse;
+  Index num_rows;
+  int row_elements;
+  int num_splits;  // 1: out is written
+  int num_tiles;   // blocks of one split
+  int padding;
 };
 
 struct ForwardArgs {
@@ -87,9 +112,28 @@ struct ForwardArgs {
   ShapeArgs shape;
   ScheduleArgs schedule;
   SequenceArgs sequences;
+  CacheArgs cache;
   PageArgs pages;
   ScoreArgs score;
   DropoutArgs dropout;
+  SplitArgs splits;
+};
+
+// What precedes attention over a KV cache. ForwardArgs' q is where rotated queries go.
+struct UpdateArgs {
+  TensorArgs k_new, v_new;
+  TensorArgs q;
+  const void* cos;  // row p: the angles of position p
+  const void* sin;
+  Index cos_stride, sin_stride;
+  int num_positions;
+  int rotary_dim;  // 0: nothing is rotated
+  int num_heads_kv;
+  int num_tokens;              // of a batch entry, new keys or queries
+  BiasElement rotary_element;  // kOwn or kFloat32
+  int interleaved;             // pairs (0, 1), (2, 3)...; else (d, d + rotary_dim / 2)
+  int queries_advance;         // query i at position i behind the cached keys; else all at 0
+  int padding;
 };
 
 // S_dmask: element (batch, head, row, key) lies at data[batch * batch_stride + head * head_stride +

@@ -24,6 +24,9 @@ struct KernelSpec {
   Score score = Score::kPlain;
   bool dropout = false;
   Loader loader = Loader::kVector;
+  // For few queries: the heads of a group are rows of one tile, so that a block reads its keys once
+  // for all of them, and blocks may share the keys of a tile among them (SplitArgs).
+  bool packs = false;
 
   constexpr bool operator==(const KernelSpec&) const = default;
 };

@@ -86,20 +86,23 @@ __device__ inline void for_each_score(Accumulator<kTilesM, kTilesN>& s, int firs
   }
 }
 
-template <Element kElement, int kTilesM, int kTilesN>
-__device__ inline void apply_general_score(Accumulator<kTilesM, kTilesN>& s,
-                                           const GeneralScore<kElement>& score,
-                                           const Sequence& sequence, int first_row, int first_key,
-                                           int lane) {
+// `score_of(row)` is the GeneralScore of a row's head.
+template <int kTilesM, int kTilesN, bool kPacks, class ScoreOf>
+__device__ inline void apply_general_score(Accumulator<kTilesM, kTilesN>& s, ScoreOf&& score_of,
+                                           const Sequence& sequence, TileRows<kPacks> rows,
+                                           int first_row, int first_key, int lane) {
+  const auto any = score_of(first_row);
   for_each_score(s, first_row, first_key, lane,
-                 [&](float& value, int, int) { value = score.scaled(value); });
-  if (score.slope != 0.0f) {
-    for_each_score(s, first_row, first_key, lane,
-                   [&](float& value, int i, int j) { value += score.alibi(i, j); });
+                 [&](float& value, int, int) { value = any.scaled(value); });
+  if (any.args.alibi_slopes != nullptr) {
+    for_each_score(s, first_row, first_key, lane, [&](float& value, int row, int j) {
+      value += score_of(row).alibi(rows.query_of(row), j);
+    });
   }
-  if (score.args.bias_element != BiasElement::kNone) {
-    for_each_score(s, first_row, first_key, lane, [&](float& value, int i, int j) {
-      if (i < sequence.seqlen_q && j < sequence.seqlen_k) value += score.bias(i, j);
+  if (any.args.bias_element != BiasElement::kNone) {
+    for_each_score(s, first_row, first_key, lane, [&](float& value, int row, int j) {
+      const int i = rows.query_of(row);
+      if (i < sequence.seqlen_q && j < sequence.seqlen_k) value += score_of(row).bias(i, j);
     });
   }
 }
@@ -117,16 +120,16 @@ __device__ inline void apply_softcap(Accumulator<kTilesM, kTilesN>& s, float sca
 }
 
 // -infinity where a row does not see a key.
-template <int kTilesM, int kTilesN>
+template <int kTilesM, int kTilesN, bool kPacks>
 __device__ inline void apply_mask(Accumulator<kTilesM, kTilesN>& s, const ForwardArgs& args,
-                                  const Sequence& sequence, int first_row, int first_key,
-                                  int lane) {
+                                  const Sequence& sequence, TileRows<kPacks> rows, int first_row,
+                                  int first_key, int lane) {
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const semantics::Range visible =
-          visible_keys(args, sequence, first_row + m * 16 + lane / 4 + half * 8);
+          visible_keys(args, sequence, rows.query_of(first_row + m * 16 + lane / 4 + half * 8));
       const int begin = static_cast<int>(visible.begin) - first_key - lane % 4 * 2;
       const int end = static_cast<int>(visible.end) - first_key - lane % 4 * 2;
 #pragma unroll

@@ -23,7 +23,7 @@ __device__ inline Work work_of(const ForwardArgs& args, int index) {
   const int group_size = heads_per_group * args.schedule.num_tiles_m;
   const int group = index / group_size;
   const int within = index % group_size;
-  const int groups_per_batch = args.shape.num_heads / heads_per_group;
+  const int groups_per_batch = args.schedule.num_heads / heads_per_group;
   const int tile = within / heads_per_group;
   return {group / groups_per_batch,
           group % groups_per_batch * heads_per_group + within % heads_per_group,
@@ -61,9 +61,26 @@ __device__ inline Sequence sequence_of(const ForwardArgs& args, int batch) {
     capacity = args.pages.max_pages * args.pages.page_size;
   }
   if (at.seqused_k != nullptr) it.seqlen_k = at.seqused_k[batch];
+  if (args.cache.seqlens != nullptr) {
+    const CacheArgs& cache = args.cache;
+    if (cache.batch_idx != nullptr)
+      it.k_batch = clamp(cache.batch_idx[batch], 0, cache.num_rows - 1);
+    if (cache.leftpad != nullptr) it.k_begin = clamp(cache.leftpad[batch], 0, capacity);
+    it.seqlen_k = clamp(cache.seqlens[batch], 0, capacity) + cache.seqlen_new - it.k_begin;
+    capacity -= it.k_begin;
+  }
   it.seqlen_k = clamp(it.seqlen_k, 0, capacity);
   return it;
 }
+
+// Which query of which head a row of a tile is. `head` is the tile's first.
+template <bool kPacks>
+struct TileRows {
+  int head;
+  int heads_per_kv;
+  __device__ int query_of(int row) const { return kPacks ? row / heads_per_kv : row; }
+  __device__ int head_of(int row) const { return kPacks ? head + row % heads_per_kv : head; }
+};
 
 // Whatever the array holds, within out.
 __device__ inline int end_of_sequences(const ForwardArgs& args) {
@@ -117,6 +134,20 @@ __device__ inline KeySteps key_steps(const ForwardArgs& args, const Sequence& se
   return {begin / kTileN, (end + kTileN - 1) / kTileN,
           (static_cast<int>(last.begin) + kTileN - 1) / kTileN,
           static_cast<int>(first.end) / kTileN};
+}
+
+// The part of them that split `split` of `num_splits` visits, which may be none.
+__device__ inline KeySteps steps_of_split(KeySteps steps, int split, int num_splits) {
+  const int each = (steps.end - steps.begin + num_splits - 1) / num_splits;
+  const int begin = min(steps.begin + split * each, steps.end);
+  return {begin, min(begin + each, steps.end), steps.full_begin, steps.full_end};
+}
+
+// Where SplitArgs has a row of one split.
+__device__ inline Index split_row(const ForwardArgs& args, int split, int batch, int head,
+                                  int query) {
+  const Index heads = static_cast<Index>(batch) * args.shape.num_heads + head;
+  return split * args.splits.num_rows + heads * args.shape.seqlen_q + query;
 }
 
 // The entry and row of k and v that hold key `j`; any j >= 0 gives an address within them.

@@ -68,8 +68,9 @@ struct OnlineSoftmax {
   }
 
   // Joins the lanes' sums and the sink. Afterwards `sum` is what o is to be multiplied by, and
-  // `max` the row's log-sum-exp, natural.
-  __device__ void finish(float scale_log2, bool has_sink, float sink) {
+  // `max` the row's log-sum-exp, natural. `sink(m, half)` is asked for where there are sinks.
+  template <class Sink>
+  __device__ void finish(float scale_log2, bool has_sink, Sink&& sink) {
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -80,7 +81,7 @@ struct OnlineSoftmax {
         float highest = max[m][half] == -kInfinity ? -kInfinity : max[m][half] * scale_log2;
         float factor = 1.0f;
         if (has_sink) {
-          const float sink_log2 = sink * kLog2e;
+          const float sink_log2 = sink(m, half) * kLog2e;
           const float joint = fmaxf(highest, sink_log2);
           factor = exp2_approx(highest - joint);
           total = total * factor + exp2_approx(sink_log2 - joint);

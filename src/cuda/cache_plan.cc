@@ -1,0 +1,172 @@
+#include "cuda/cache_plan.h"
+
+#include <algorithm>
+
+#include "cuda/forward_plan.h"
+#include "cuda/heuristics.h"
+#include "cuda/kernels.h"
+
+namespace fa::cuda {
+namespace {
+
+using core::AttentionArgs;
+using core::AttentionProblem;
+using core::Result;
+using core::Status;
+using core::TensorView;
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+constexpr int64_t blocks_for(int64_t items, int64_t per_block) {
+  return (items + per_block - 1) / per_block;
+}
+
+// What a call keeps on the device until it is done, in bytes from the start of its workspace.
+struct Workspace {
+  int64_t rotated_q = 0, o = 0, lse = 0, total = 0;
+  int64_t num_rows = 0;      // of one split
+  int64_t row_elements = 0;  // of a row of o
+
+  Workspace(const AttentionProblem& problem, int num_splits) {
+    num_rows = problem.total_q * problem.num_heads;
+    row_elements = round_up(problem.head_dim_v, 8);
+    const auto take = [this](int64_t bytes) {
+      constexpr int64_t kAlignment = 256;
+      const int64_t at = total;
+      total += round_up(bytes, kAlignment);
+      return at;
+    };
+    if (problem.rotary_dim > 0) {
+      rotated_q = take(num_rows * problem.head_dim * core::byte_size(problem.dtype));
+    }
+    if (num_splits == 1) return;
+    constexpr int64_t kFloatBytes = sizeof(float);
+    o = take(num_splits * num_rows * row_elements * kFloatBytes);
+    lse = take(num_splits * num_rows * kFloatBytes);
+  }
+};
+
+class CachePlan final : public core::Plan {
+ public:
+  CachePlan(const AttentionProblem& problem, int device_index, const CacheChoice& choice)
+      : problem_(problem),
+        device_index_(device_index),
+        choice_(choice),
+        workspace_(problem, choice.num_splits),
+        update_(choose_around_cache(Family::kUpdateCache, problem)),
+        forward_(choice.kernel),
+        combine_(choose_around_cache(Family::kCombineSplits, problem)) {}
+
+  int64_t workspace_bytes(int) const override { return workspace_.total; }
+
+  Status run(const AttentionArgs& args, void* workspace,
+             const core::Stream& stream) const override {
+    ForwardArgs launch_args = forward_args(problem_, args, choice_.kernel.spec);
+    set_cache(args, launch_args);
+    if (problem_.rotary_dim > 0) set_rotated_q(workspace, launch_args);
+    FA_TRY(update(args, launch_args, stream));
+    if (problem_.total_q == 0) return {};
+    const int64_t tiles =
+        problem_.batch * launch_args.schedule.num_heads * launch_args.schedule.num_tiles_m;
+    launch_args.schedule.num_blocks = launch_args.splits.num_tiles =
+        static_cast<int>(std::min(tiles, kMaxBlocks));
+    launch_args.splits.num_splits = choice_.num_splits;
+    if (choice_.num_splits > 1) set_splits(workspace, launch_args);
+    void* arguments[] = {&launch_args};
+    FA_TRY(launch(forward_, tiles * choice_.num_splits, arguments, stream));
+    if (choice_.num_splits == 1) return {};
+    return launch(combine_, blocks_for(workspace_.num_rows, KernelSpec{}.num_warps), arguments,
+                  stream);
+  }
+
+  std::string describe() const override {
+    const Result<const LoadedKernel*> kernel = forward_.get(device_index_);
+    if (!kernel.ok()) return kernel.status().message();
+    return core::concat(describe_kernel(*kernel.value()), ", ", choice_.num_splits,
+                        choice_.num_splits == 1 ? " split" : " splits");
+  }
+
+ private:
+  Status launch(const LazyKernel& lazy, int64_t blocks, void** arguments,
+                const core::Stream& stream) const {
+    const Result<const LoadedKernel*> kernel = lazy.get(device_index_);
+    if (!kernel.ok()) return kernel.status();
+    return kernel.value()->launch(blocks, arguments, stream.handle);
+  }
+
+  // A cache without room is one without keys, whatever its lengths say.
+  void set_cache(const AttentionArgs& args, ForwardArgs& to) const {
+    const auto data = [](const TensorView& vector) {
+      return vector.present() ? vector.as<const int>() : nullptr;
+    };
+    to.cache = {data(args.cache_seqlens), data(args.cache_batch_idx), data(args.cache_leftpad),
+                static_cast<int>(problem_.seqlen_new), static_cast<int>(args.k.shape[0])};
+    if (args.k.shape[0] > 0) return;
+    to.shape.seqlen_k = 0;
+    to.pages.max_pages = 0;
+  }
+
+  void set_rotated_q(void* workspace, ForwardArgs& to) const {
+    const int64_t row = problem_.num_heads * problem_.head_dim;
+    to.q = {static_cast<char*>(workspace) + workspace_.rotated_q, problem_.seqlen_q * row, row,
+            problem_.head_dim};
+  }
+
+  void set_splits(void* workspace, ForwardArgs& to) const {
+    char* const start = static_cast<char*>(workspace);
+    to.splits.o = reinterpret_cast<float*>(start + workspace_.o);
+    to.splits.lse = reinterpret_cast<float*>(start + workspace_.lse);
+    to.splits.num_rows = workspace_.num_rows;
+    to.splits.row_elements = static_cast<int>(workspace_.row_elements);
+  }
+
+  // Appends, and rotates. `launch_args` say where the rotated queries go.
+  Status update(const AttentionArgs& args, ForwardArgs& launch_args,
+                const core::Stream& stream) const {
+    if (!problem_.appends) return {};
+    UpdateArgs to{};
+    to.k_new = tensor_args(args.k_new);
+    to.v_new = tensor_args(args.v_new);
+    to.q = tensor_args(args.q);
+    to.num_heads_kv = static_cast<int>(problem_.num_heads_kv);
+    to.num_tokens = static_cast<int>(problem_.seqlen_new);
+    int64_t rows_per_token = 2 * problem_.num_heads_kv;
+    if (problem_.rotary_dim > 0) {
+      to.cos = args.rotary_cos.data;
+      to.sin = args.rotary_sin.data;
+      to.cos_stride = args.rotary_cos.strides[0];
+      to.sin_stride = args.rotary_sin.strides[0];
+      to.num_positions = static_cast<int>(args.rotary_cos.shape[0]);
+      to.rotary_dim = static_cast<int>(problem_.rotary_dim);
+      to.rotary_element =
+          args.rotary_cos.dtype == problem_.dtype ? BiasElement::kOwn : BiasElement::kFloat32;
+      to.interleaved = args.rotary_interleaved ? 1 : 0;
+      to.queries_advance = problem_.band.unbounded() ? 0 : 1;
+      to.num_tokens = static_cast<int>(std::max(problem_.seqlen_new, problem_.seqlen_q));
+      rows_per_token += problem_.num_heads;
+    }
+    const int64_t rows = problem_.batch * to.num_tokens * rows_per_token;
+    void* arguments[] = {&launch_args, &to};
+    return launch(update_, blocks_for(rows, KernelSpec{}.num_warps), arguments, stream);
+  }
+
+  const AttentionProblem problem_;
+  const int device_index_;
+  const CacheChoice choice_;
+  const Workspace workspace_;
+  const LazyKernel update_;
+  const LazyKernel forward_;
+  const LazyKernel combine_;
+};
+
+}  // namespace
+
+core::PlanPtr make_cache_plan(const AttentionProblem& problem, int device_index,
+                              const Device& device) {
+  return std::make_shared<CachePlan>(problem, device_index,
+                                     choose_cache(problem, device.properties));
+}
+
+}  // namespace fa::cuda
