@@ -1,0 +1,149 @@
+// Which kernels are chosen for NVIDIA GPUs, on a machine that needs none.
+#include "cuda/heuristics.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <random>
+#include <vector>
+
+namespace fa::cuda {
+namespace {
+
+using core::AttentionProblem;
+using core::DataType;
+using core::Layout;
+
+constexpr int kComputeCapabilities[] = {80, 86, 90, 100, 120};
+
+DeviceProperties hopper() {
+  DeviceProperties properties = typical_properties(90);
+  properties.multiprocessors = 132;
+  return properties;
+}
+
+// Decoding over a cache: one query each.
+AttentionProblem decoding(int64_t batch, int64_t seqlen_k, int64_t num_heads,
+                          int64_t num_heads_kv) {
+  AttentionProblem problem;
+  problem.dtype = DataType::kBFloat16;
+  problem.layout = Layout::kCache;
+  problem.batch = problem.total_q = batch;
+  problem.seqlen_q = 1;
+  problem.seqlen_k = seqlen_k;
+  problem.num_heads = num_heads;
+  problem.num_heads_kv = num_heads_kv;
+  problem.head_dim = problem.head_dim_v = 128;
+  return problem;
+}
+
+class Draw {
+ public:
+  explicit Draw(unsigned seed) : engine_(seed) {}
+  template <class T>
+  T of(std::initializer_list<T> list) {
+    return *(list.begin() + engine_() % list.size());
+  }
+  bool one_in(unsigned n) { return engine_() % n == 0; }
+
+ private:
+  std::mt19937 engine_;
+};
+
+AttentionProblem random_problem(Draw& draw) {
+  AttentionProblem problem;
+  problem.dtype = draw.of({DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16});
+  problem.layout = draw.of({Layout::kDense, Layout::kVarlen, Layout::kCache});
+  const bool may_page = problem.layout != Layout::kDense;
+  problem.page_size = may_page ? draw.of<int64_t>({0, 0, 1, 16, 256}) : 0;
+  problem.batch = draw.of<int64_t>({1, 2, 64});
+  problem.seqlen_q = draw.of<int64_t>({1, 4, 300, 5000});
+  problem.total_q = problem.batch * problem.seqlen_q;
+  problem.seqlen_k = draw.of<int64_t>({1, 300, 5000, 70000});
+  problem.num_heads_kv = draw.of<int64_t>({1, 8});
+  problem.num_heads = problem.num_heads_kv * draw.of<int64_t>({1, 4, 32});
+  problem.head_dim = draw.of<int64_t>({1, 40, 64, 96, 128, 192, 256});
+  problem.head_dim_v = draw.of<int64_t>({problem.head_dim, 64, 128});
+  if (draw.one_in(2)) problem.band.right = 0;
+  problem.softcap = draw.one_in(3);
+  problem.alibi = draw.one_in(4);
+  problem.bias = draw.one_in(4) ? core::BiasKind::kAdditive : core::BiasKind::kNone;
+  problem.dropout = problem.layout != Layout::kCache && draw.one_in(4);
+  problem.vector_rows = !draw.one_in(4);
+  problem.num_splits = problem.layout == Layout::kCache ? draw.of<int64_t>({0, 0, 1, 7}) : 0;
+  return problem;
+}
+
+bool is_among(const KernelId& id, const std::vector<KernelId>& list) {
+  return std::find(list.begin(), list.end(), id) != list.end();
+}
+
+TEST(CudaHeuristics, whatever_is_chosen_is_reachable) {
+  for (const int capability : kComputeCapabilities) {
+    DeviceProperties properties = typical_properties(capability);
+    properties.multiprocessors = 100;
+    const std::vector<KernelId> reachable = reachable_kernels(properties);
+    Draw draw(static_cast<unsigned>(capability));
+    for (int i = 0; i < 3000; ++i) {
+      const AttentionProblem problem = random_problem(draw);
+      ASSERT_TRUE(check_sm80(problem, properties).ok());
+      const KernelId kernel = problem.layout == Layout::kCache
+                                  ? choose_cache(problem, properties).kernel
+                                  : choose_sm80(problem, properties);
+      ASSERT_TRUE(is_among(kernel, reachable)) << to_string(problem) << ": " << to_string(kernel);
+      if (check_sm90(problem, properties).ok()) {
+        ASSERT_TRUE(is_among(choose_sm90(problem), reachable)) << to_string(problem);
+      }
+    }
+  }
+}
+
+TEST(CudaHeuristics, reachable_kernels_fit_into_shared_memory) {
+  constexpr int kStaticBytes = 512;  // what a block knows of its tile, and barriers
+  for (const int capability : kComputeCapabilities) {
+    const DeviceProperties properties = typical_properties(capability);
+    for (const KernelId& kernel : reachable_kernels(properties)) {
+      EXPECT_LE(dynamic_shared_bytes(kernel) + kStaticBytes, properties.max_shared_bytes)
+          << capability << ": " << to_string(kernel);
+    }
+  }
+}
+
+TEST(CudaHeuristics, few_queries_pack_the_heads_of_a_group) {
+  EXPECT_TRUE(choose_cache(decoding(64, 4096, 32, 8), hopper()).kernel.spec.packs);
+  AttentionProblem prompt = decoding(64, 4096, 32, 8);
+  prompt.seqlen_q = 4096;
+  prompt.total_q = 64 * 4096;
+  const CacheChoice choice = choose_cache(prompt, hopper());
+  EXPECT_FALSE(choice.kernel.spec.packs);
+  EXPECT_EQ(choice.num_splits, 1);
+}
+
+TEST(CudaHeuristics, splits_fill_the_device_and_no_more) {
+  // Blocks of a whole batch: enough without splits.
+  EXPECT_EQ(choose_cache(decoding(2048, 4096, 32, 8), hopper()).num_splits, 1);
+  // 8 tiles for 132 multiprocessors.
+  const CacheChoice one = choose_cache(decoding(1, 65536, 32, 8), hopper());
+  EXPECT_GE(one.num_splits * 8, 2 * 132);
+  // Splits of a few hundred keys at least.
+  EXPECT_LE(choose_cache(decoding(1, 1024, 32, 8), hopper()).num_splits, 4);
+  EXPECT_EQ(choose_cache(decoding(1, 100, 32, 8), hopper()).num_splits, 1);
+}
+
+TEST(CudaHeuristics, a_number_of_splits_that_is_asked_for_is_taken) {
+  for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16}) {
+    for (const int64_t seqlen_q : {int64_t{1}, int64_t{5000}}) {
+      AttentionProblem problem = decoding(2, 5000, 8, 8);
+      problem.dtype = dtype;
+      problem.seqlen_q = seqlen_q;
+      for (const int64_t splits : {1, 2, 7, 256}) {
+        problem.num_splits = splits;
+        EXPECT_EQ(choose_cache(problem, hopper()).num_splits, splits);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fa::cuda
