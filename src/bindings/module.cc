@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 namespace {
@@ -78,14 +79,22 @@ class Workspace {
   }
 
  private:
-  // Null where the framework has no memory, or no allocator to lend.
-  void* allocate_bytes(int64_t bytes) try {
+  // Null where the framework has no memory.
+  void* allocate_bytes(int64_t bytes) {
+    if (TVMFFIEnvGetDLPackManagedTensorAllocator() == nullptr) {
+      throw std::runtime_error(
+          "the call needs memory on the GPU, and the framework of its tensors "
+          "lends no allocator (__dlpack_c_exchange_api__); PyTorch does from "
+          "2.10 on");
+    }
     const int64_t shape[] = {bytes};
-    memory_ = ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ffi::ShapeView(shape, 1),
-                                        DLDataType{kDLUInt, 8, 1}, device_);
+    try {
+      memory_ = ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ffi::ShapeView(shape, 1),
+                                          DLDataType{kDLUInt, 8, 1}, device_);
+    } catch (const ffi::Error&) {
+      return nullptr;
+    }
     return memory_.value().data_ptr();
-  } catch (const ffi::Error&) {
-    return nullptr;
   }
 
   DLDevice device_;
