@@ -10,20 +10,17 @@
 
 #include "command_line.h"
 #include "commands.h"
+#include "own_path.h"
 
 namespace fa::tools {
 namespace {
 
 // The interpreter that this program was installed beside, else the one on PATH.
 std::string find_python() {
-  namespace fs = std::filesystem;
-  std::error_code error;
-  const fs::path self = fs::read_symlink("/proc/self/exe", error);
-  if (!error) {
-    for (const char* name : {"python3", "python"}) {
-      const fs::path beside = self.parent_path() / name;
-      if (access(beside.c_str(), X_OK) == 0) return beside.string();
-    }
+  const std::filesystem::path folder = own_folder();
+  for (const char* name : {"python3", "python"}) {
+    const std::filesystem::path beside = folder / name;
+    if (!folder.empty() && access(beside.c_str(), X_OK) == 0) return beside.string();
   }
   return "python3";
 }
@@ -39,7 +36,7 @@ int run_bench(int argc, char** argv) {
       "    import flash_attn.bench\n"
       "except ModuleNotFoundError:\n"
       "    sys.exit('flash-attn-plus bench: the Python package is not installed for '\n"
-      "             + sys.executable + ': pip install flash-attention-plus')\n"
+      "             + sys.executable + ': pip install the wheel that make wheel leaves in dist/')\n"
       "import runpy\n"
       "runpy.run_module('flash_attn.bench', run_name='__main__')\n";
   std::string flag = "-c";

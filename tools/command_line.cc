@@ -43,24 +43,24 @@ CommandLine::CommandLine(std::string name, std::string summary)
     : name_(std::move(name)), summary_(std::move(summary)) {}
 
 void CommandLine::flag(const char* name, bool* value, const char* help) {
-  flags_.push_back({name, "", help, [value](const std::string&) { return *value = true; }});
+  flags_.push_back({name, "", "", help, [value](const std::string&) { return *value = true; }});
 }
 
 void CommandLine::option(const char* name, const char* placeholder, int64_t* value,
                          const char* help) {
-  flags_.push_back({name, placeholder, help,
+  flags_.push_back({name, placeholder, "a whole number", help,
                     [value](const std::string& text) { return parse_number(text, value); }});
 }
 
 void CommandLine::option(const char* name, const char* placeholder, double* value,
                          const char* help) {
-  flags_.push_back({name, placeholder, help,
+  flags_.push_back({name, placeholder, "a number", help,
                     [value](const std::string& text) { return parse_number(text, value); }});
 }
 
 void CommandLine::option(const char* name, const char* placeholder, std::string* value,
                          const char* help) {
-  flags_.push_back({name, placeholder, help, [value](const std::string& text) {
+  flags_.push_back({name, placeholder, "text", help, [value](const std::string& text) {
                       *value = text;
                       return true;
                     }});
@@ -68,7 +68,7 @@ void CommandLine::option(const char* name, const char* placeholder, std::string*
 
 void CommandLine::option(const char* name, const char* placeholder, std::optional<double>* value,
                          const char* help) {
-  flags_.push_back({name, placeholder, help, [value](const std::string& text) {
+  flags_.push_back({name, placeholder, "a number", help, [value](const std::string& text) {
                       double number = 0.0;
                       if (!parse_number(text, &number)) return false;
                       *value = number;
@@ -79,11 +79,11 @@ void CommandLine::option(const char* name, const char* placeholder, std::optiona
 void CommandLine::choice(const char* name, std::vector<std::string> choices, std::string* value,
                          const char* help) {
   const std::string placeholder = join(choices, "|");
-  flags_.push_back(
-      {name, placeholder, help, [value, choices = std::move(choices)](const std::string& text) {
-         *value = text;
-         return std::find(choices.begin(), choices.end(), text) != choices.end();
-       }});
+  flags_.push_back({name, placeholder, "one of " + join(choices, ", "), help,
+                    [value, choices = std::move(choices)](const std::string& text) {
+                      *value = text;
+                      return std::find(choices.begin(), choices.end(), text) != choices.end();
+                    }});
 }
 
 std::optional<int> CommandLine::parse(int argc, char** argv) const {
@@ -99,7 +99,7 @@ std::optional<int> CommandLine::parse(int argc, char** argv) const {
       name.resize(equals);
     }
     const Flag* flag = find(name);
-    if (flag == nullptr) return fail("unknown flag '" + name + "'" + nearest(name));
+    if (flag == nullptr) return fail("there is no flag '" + name + "'" + nearest(name));
     if (flag->placeholder.empty()) {
       if (value) return fail(name + " takes no value");
       flag->set("");
@@ -108,7 +108,7 @@ std::optional<int> CommandLine::parse(int argc, char** argv) const {
     if (!value && i + 1 < argc) value = argv[++i];
     if (!value) return fail(name + " needs a value, " + flag->placeholder);
     if (!flag->set(*value)) {
-      return fail(name + ": '" + *value + "' is not " + flag->placeholder);
+      return fail(name + ": must be " + flag->kind + ", is '" + *value + "'");
     }
   }
   return std::nullopt;
@@ -129,12 +129,12 @@ const CommandLine::Flag* CommandLine::find(const std::string& name) const {
 
 // ", did you mean ...?" where a flag is a slip of the fingers away.
 std::string CommandLine::nearest(const std::string& name) const {
-  constexpr size_t kMaxSlips = 3;
+  const size_t max_slips = std::min<size_t>(3, name.size() / 3);
   const auto closer = [&](const Flag& a, const Flag& b) {
     return edit_distance(a.name, name) < edit_distance(b.name, name);
   };
   const auto best = std::min_element(flags_.begin(), flags_.end(), closer);
-  if (best == flags_.end() || edit_distance(best->name, name) > kMaxSlips) return "";
+  if (best == flags_.end() || edit_distance(best->name, name) > max_slips) return "";
   return ", did you mean " + best->name + "?";
 }
 

@@ -40,6 +40,7 @@ class CommandLine {
   struct Flag {
     std::string name;         // "--batch"
     std::string placeholder;  // "" for a flag without a value
+    std::string kind;         // "a whole number"
     std::string help;
     std::function<bool(const std::string& value)> set;  // false: not such a value
   };

@@ -39,10 +39,10 @@ struct Request {
 };
 
 CommandLine command_line(Request& r) {
-  CommandLine command(
-      "explain",
-      "Tells which implementation would run a call, forward or with --backward its\n"
-      "gradients, and why each other one would not. Nothing is computed.");
+  CommandLine command("explain",
+                      "Tells which implementation would run a call on the CPU, forward or with\n"
+                      "--backward its gradients, and why each other one would not. Nothing is\n"
+                      "computed. For other devices, flash_attn.explain tells it in Python.");
   command.option("--batch", "B", &r.batch, "sequences; default 1");
   command.option("--seqlen-q", "N", &r.seqlen_q, "queries of a sequence; default 1024");
   command.option("--seqlen-k", "N", &r.seqlen_k, "keys of a sequence; default as --seqlen-q");

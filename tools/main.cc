@@ -5,6 +5,7 @@
 #include "command_line.h"
 #include "commands.h"
 #include "flash_attn/attention.hpp"
+#include "own_path.h"
 
 namespace {
 
@@ -43,6 +44,7 @@ int main(int argc, char** argv) {
     std::printf("flash-attn-plus %s\n", fa::version());
     return fa::tools::kSuccess;
   }
+  fa::tools::add_nvrtc_of_wheels();
   for (const Command& command : kCommands) {
     if (command.name == name) return command.run(argc - 2, argv + 2);
   }

@@ -48,7 +48,10 @@ DENSE = {
     "q_float64": (dense(q=torch.zeros(2, 8, 4, 16).double()), "q"),
     "q_int32": (dense(q=torch.zeros(2, 8, 4, 16, dtype=torch.int32)), "q"),
     "k_other_dtype": (dense(k=torch.zeros(2, 12, 2, 16).half()), "k"),
-    "q_complex": (dense(q=torch.zeros(2, 8, 4, 16, dtype=torch.complex64)), "q: dtype is complex64"),
+    "q_complex": (
+        dense(q=torch.zeros(2, 8, 4, 16, dtype=torch.complex64)),
+        "q: dtype is complex64",
+    ),
     "k_float8": (dense(k=torch.zeros(2, 12, 2, 16).to(torch.float8_e5m2)), "k: dtype is float8"),
     "v_other_dtype": (dense(v=torch.zeros(2, 12, 2, 16).bfloat16()), "v"),
     "q_rank_3": (dense(q=torch.zeros(8, 4, 16)), "q"),

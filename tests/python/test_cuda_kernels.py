@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -138,6 +139,23 @@ def test_a_missing_nvrtc_is_named():
         text=True,
     )
     assert result.returncode == 1 and "/nowhere/libnvrtc.so" in result.stderr
+
+
+def test_the_nvrtc_of_the_programs_own_environment_is_found(tmp_path):
+    program = os.environ.get("FLASH_ATTN_PLUS") or Path(sys.executable).with_name("flash-attn-plus")
+    own = tmp_path / "bin" / "flash-attn-plus"
+    own.parent.mkdir()
+    shutil.copy2(program, own)
+    wheel = tmp_path / "lib" / "python3.12" / "site-packages" / "nvidia" / "cu13"
+    wheel.mkdir(parents=True)
+    (wheel / "lib").symlink_to(nvrtc().parent)
+    environment = os.environ | {"FLASH_ATTENTION_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("FLASH_ATTENTION_NVRTC", None)
+    one = ["--precompile", "90", "--filter", "forward_sm90 bfloat16", "--num-shards", "1000"]
+    result = subprocess.run(
+        [str(own), "cache", *one], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and "registers" in result.stdout, result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has an NVIDIA GPU")
