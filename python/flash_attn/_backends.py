@@ -237,7 +237,7 @@ def _explain(kind: Kind, arguments: tuple[Any, ...]) -> str:
                 outcome = "accepts" if chosen else "chosen"
                 reason = "a better one comes first" if chosen else reason
                 chosen = True
-            lines.append(f"  {name:<14} {outcome:<8} {reason}\n")
+            lines.append(f"  {name:<15} {outcome:<8} {reason}\n")
     return "".join(lines)
 
 

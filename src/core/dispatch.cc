@@ -133,7 +133,7 @@ std::string to_string(const std::vector<Candidate>& candidates) {
   std::string text;
   for (const Candidate& candidate : candidates) {
     std::string padded = candidate.implementation;
-    padded.resize(std::max<size_t>(padded.size(), 14), ' ');
+    padded.resize(std::max<size_t>(padded.size(), 15), ' ');
     text += concat("  ", padded, " ", kOutcomes[static_cast<int>(candidate.outcome)], " ",
                    candidate.reason, "\n");
   }

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="cases in place of the table: 'b2 h16/4 s4096 d128 causal; h8 q1 s512 d64', that is"
         " batch, heads (of queries / of keys), queries, keys, head_dim",
     )
-    add("--quick", action="store_true", help="a sixth of the table")
+    add("--quick", action="store_true", help="a quarter of the table")
     add(
         "--peers",
         metavar="NAMES",
