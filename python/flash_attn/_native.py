@@ -257,6 +257,8 @@ def clarify(
         elif kind in ("int", "bool"):
             if not isinstance(value, Integral):
                 wanted = "an integer" if kind == "int" else "True or False"
+                if name.startswith("window_size"):
+                    wanted = "an integer, -1 where there is no bound"
                 return TypeError(f"{name}: must be {wanted}, is {_describe(value)}")
             if int(value) not in _INT64:
                 return ValueError(f"{name}: is {value}, outside the range of int64")

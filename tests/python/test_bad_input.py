@@ -182,6 +182,10 @@ TYPES = {
         r"causal: must be True or False, is a Tensor of shape \[8, 12\]$",
     ),
     "window_of_floats": (dense(window_size=(1.5, 2)), "window_size"),
+    "window_none": (
+        dense(window_size=(None, 0)),
+        r"window_size\[0\]: .* -1 where there is no bound",
+    ),
     "alibi_a_list": (dense(alibi_slopes=[1.0] * 4), "alibi_slopes"),
     "max_seqlen_q_none": (varlen(max_seqlen_q=None), "max_seqlen_q"),
     "cu_seqlens_q_a_list": (varlen(cu_seqlens_q=[0, 3, 8]), "cu_seqlens_q"),

@@ -94,7 +94,7 @@ def test_a_device_that_only_pytorch_knows():
     command = [sys.executable, str(HERE / "pretend_device.py")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "torch          chosen" in result.stdout
+    assert "torch           chosen" in result.stdout
 
 
 def test_fake_tensors():
