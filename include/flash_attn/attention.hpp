@@ -283,6 +283,21 @@ struct ForwardArgs {
   std::int64_t max_seqlen_q = 0;
   std::int64_t max_seqlen_k = 0;
 
+  // A KV cache: with cache_seqlens, q is dense and k [B_cache, S_cache, Hk, D] and v are the cache,
+  // or its pages with block_table. Batch b attends to the cache_seqlens[b] tokens of its row and to
+  // those appended. Forward only.
+  Tensor cache_seqlens{};    // int32 [B]: tokens in each row before the call
+  Tensor cache_batch_idx{};  // int32 [B]: the row of each batch, else b; no row twice with k_new
+  Tensor cache_leftpad{};    // int32 [B]: tokens to skip at the start of each row
+  Tensor k_new{};            // [B, Snew, Hk, D]: written to k behind the cached tokens
+  Tensor v_new{};            // [B, Snew, Hk, Dv]: written to v
+  // [positions, D_rotary / 2], fp32 or q's dtype: rotates k_new at positions cache_seqlens + t, and
+  // q there too where causal or windowed, else all of it at cache_seqlens.
+  Tensor rotary_cos{};
+  Tensor rotary_sin{};
+  bool rotary_interleaved = false;  // pairs (0, 1), (2, 3)..., else (d, d + D_rotary / 2)
+  std::int64_t num_splits = 0;      // of the keys; 0: chosen, 1: none
+
   Tensor alibi_slopes{};  // fp32 [H] or [B, H]
   Tensor attn_bias{};  // broadcastable to [B, H, Sq, Sk]; fp32 or q's dtype; bool: keep where true
   Tensor learnable_sink{};  // [H], fp32 or q's dtype
@@ -299,6 +314,9 @@ struct ForwardArgs {
   // "cpu", "cpu:avx2", "reference"; null: FLASH_ATTENTION_BACKEND, or else the best; "": the best
   const char* backend = nullptr;
   void* stream = nullptr;  // a CUDA stream; ignored on the CPU
+  // On a GPU, for a KV cache with rotary embedding or splits: see fa_attention_args.
+  void* (*allocate_workspace)(void* context, std::int64_t bytes) = nullptr;
+  void* workspace_context = nullptr;
 };
 
 // What goes with the ForwardArgs of a backward call. Each tensor has the shape and the dtype of
@@ -362,6 +380,8 @@ class CArgs {
     set_tensors(args, results);
     c_.max_seqlen_q = args.max_seqlen_q;
     c_.max_seqlen_k = args.max_seqlen_k;
+    c_.rotary_interleaved = args.rotary_interleaved ? 1 : 0;
+    c_.num_splits = args.num_splits;
     c_.softmax_scale = args.softmax_scale ? &*args.softmax_scale : nullptr;
     c_.causal = args.causal ? 1 : 0;
     c_.window_size_left = args.window_size_left;
@@ -372,6 +392,8 @@ class CArgs {
     c_.dropout_offset = args.dropout_offset;
     c_.backend = args.backend;
     c_.stream = args.stream;
+    c_.allocate_workspace = args.allocate_workspace;
+    c_.workspace_context = args.workspace_context;
   }
   CArgs(const CArgs&) = delete;
   CArgs& operator=(const CArgs&) = delete;
@@ -382,8 +404,10 @@ class CArgs {
  private:
   void set_tensors(const ForwardArgs& args, Use results) {
     c_.q = tensors_.add(args.q, "q");
-    c_.k = tensors_.add(args.k, "k");
-    c_.v = tensors_.add(args.v, "v");
+    // A cache is written to where there is something to append.
+    const Use cache = args.k_new.present() ? Use::kOutput : Use::kInput;
+    c_.k = tensors_.add(args.k, "k", cache);
+    c_.v = tensors_.add(args.v, "v", cache);
     c_.out = tensors_.add(args.out, "out", results);
     c_.lse = tensors_.add(args.lse, "lse", results);
     c_.s_dmask = tensors_.add(args.s_dmask, "s_dmask", Use::kOutput);
@@ -391,12 +415,19 @@ class CArgs {
     c_.cu_seqlens_k = tensors_.add(args.cu_seqlens_k, "cu_seqlens_k");
     c_.seqused_k = tensors_.add(args.seqused_k, "seqused_k");
     c_.block_table = tensors_.add(args.block_table, "block_table");
+    c_.cache_seqlens = tensors_.add(args.cache_seqlens, "cache_seqlens");
+    c_.cache_batch_idx = tensors_.add(args.cache_batch_idx, "cache_batch_idx");
+    c_.cache_leftpad = tensors_.add(args.cache_leftpad, "cache_leftpad");
+    c_.k_new = tensors_.add(args.k_new, "k_new");
+    c_.v_new = tensors_.add(args.v_new, "v_new");
+    c_.rotary_cos = tensors_.add(args.rotary_cos, "rotary_cos");
+    c_.rotary_sin = tensors_.add(args.rotary_sin, "rotary_sin");
     c_.alibi_slopes = tensors_.add(args.alibi_slopes, "alibi_slopes");
     c_.attn_bias = tensors_.add(args.attn_bias, "attn_bias");
     c_.learnable_sink = tensors_.add(args.learnable_sink, "learnable_sink");
   }
 
-  CTensors<13> tensors_;
+  CTensors<20> tensors_;
   fa_attention_args c_;
 };
 

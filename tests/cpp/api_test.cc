@@ -1,6 +1,7 @@
 // The C and the C++ interface as their users meet them.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdlib>
@@ -161,6 +162,80 @@ TEST(Cpp, backward_is_explained) {
   const Status status = explain(args, gradients, &text);
   EXPECT_TRUE(contains(status.message(), "lse: is missing")) << status.message();
   EXPECT_EQ(text, "");
+}
+
+// Token by token through a cache, and at once.
+TEST(Cpp, decoding_is_the_forward_of_the_whole) {
+  Example example;
+  ASSERT_TRUE(forward(example.args()).ok());
+  std::vector<float> k_cache(kElements), v_cache(kElements), out(kElements, -77.0f);
+  const auto token = [](std::vector<float>& values, int64_t t) {
+    return tensor(values.data() + t * kHeads * kDim, {kBatch, 1, kHeads, kDim},
+                  {kSeqlen * kHeads * kDim, kHeads * kDim, kDim, 1});
+  };
+  // The rows of the cache are the batch, the other way round.
+  const std::array<int32_t, kBatch> rows{1, 0};
+  for (int64_t t = 0; t < kSeqlen; ++t) {
+    const std::array<int32_t, kBatch> lengths{static_cast<int32_t>(t), static_cast<int32_t>(t)};
+    const Status status = forward({.q = token(example.q, t),
+                                   .k = Example::bshd(k_cache),
+                                   .v = Example::bshd(v_cache),
+                                   .out = token(out, t),
+                                   .cache_seqlens = tensor(lengths.data(), {kBatch}),
+                                   .cache_batch_idx = tensor(rows.data(), {kBatch}),
+                                   .k_new = token(example.k, t),
+                                   .v_new = token(example.v, t),
+                                   .num_splits = t % 3,
+                                   .causal = true});
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+  for (size_t i = 0; i < kElements; ++i) ASSERT_NEAR(out[i], example.out[i], 2e-6) << i;
+  EXPECT_TRUE(std::equal(example.k.begin() + kElements / 2, example.k.end(), k_cache.begin()));
+}
+
+TEST(Cpp, the_cache_rotates_as_the_c_interface_does) {
+  Example example;
+  const std::array<int32_t, kBatch> lengths{3, 9};
+  const std::vector<float> cos = normal(7, kSeqlen * kDim / 2), sin = normal(8, cos.size());
+  std::vector<float> q = normal(9, kBatch * kHeads * kDim), k = normal(10, q.size());
+  const auto one = [](std::vector<float>& x) {
+    return tensor(x.data(), {kBatch, 1, kHeads, kDim});
+  };
+  const std::array<int32_t, kBatch> padding{0, 2};
+  std::vector<float> caches[2] = {example.k, example.k}, outs[2] = {q, q};
+  for (const bool interleaved : {false, true}) {
+    std::vector<float>& cache = caches[interleaved ? 1 : 0];
+    const Status status = forward({.q = one(q),
+                                   .k = Example::bshd(cache),
+                                   .v = Example::bshd(example.v),
+                                   .out = one(outs[interleaved ? 1 : 0]),
+                                   .cache_seqlens = tensor(lengths.data(), {kBatch}),
+                                   .cache_leftpad = tensor(padding.data(), {kBatch}),
+                                   .k_new = one(k),
+                                   .v_new = one(k),
+                                   .rotary_cos = tensor(cos.data(), {kSeqlen, kDim / 2}),
+                                   .rotary_sin = tensor(sin.data(), {kSeqlen, kDim / 2}),
+                                   .rotary_interleaved = interleaved});
+    ASSERT_TRUE(status.ok()) << status.message();
+    // Element 0 of the first row's new key, at position 3: x0 cos - x1 sin.
+    const size_t other = interleaved ? 1 : kDim / 2, angle = 3 * kDim / 2;
+    EXPECT_NEAR(cache[3 * kHeads * kDim], k[0] * cos[angle] - k[other] * sin[angle], 1e-6);
+  }
+  EXPECT_NE(outs[0], outs[1]);
+}
+
+TEST(Cpp, a_constant_cache_is_read_and_not_appended_to) {
+  Example example;
+  const std::array<int32_t, kBatch> lengths{kSeqlen - 1, 7};
+  const Example constant = example;
+  ForwardArgs args = example.args();
+  args.k = tensor(constant.k.data(), {kBatch, kSeqlen, kHeads, kDim});
+  args.cache_seqlens = tensor(lengths.data(), {kBatch});
+  EXPECT_TRUE(forward(args).ok());
+  args.q = args.out = tensor(example.out.data(), {kBatch, 1, kHeads, kDim});
+  args.k_new = args.v_new = tensor(constant.v.data(), {kBatch, 1, kHeads, kDim});
+  const Status status = forward(args);
+  EXPECT_EQ(status.message(), "k: is an output, and was made from a pointer to const");
 }
 
 TEST(Cpp, dtypes_follow_from_pointers) {
