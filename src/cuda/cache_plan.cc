@@ -74,10 +74,11 @@ class CachePlan final : public core::Plan {
         static_cast<int>(std::min(tiles, kMaxBlocks));
     launch_args.splits.num_splits = choice_.num_splits;
     if (choice_.num_splits > 1) set_splits(workspace, launch_args);
-    void* arguments[] = {&launch_args};
+    int combining = warps_per_row(choice_.num_splits);
+    void* arguments[] = {&launch_args, &combining};
     FA_TRY(launch(forward_, tiles * choice_.num_splits, arguments, stream));
     if (choice_.num_splits == 1) return {};
-    return launch(combine_, blocks_for(workspace_.num_rows, KernelSpec{}.num_warps), arguments,
+    return launch(combine_, blocks_for(workspace_.num_rows, kCombiningWarps / combining), arguments,
                   stream);
   }
 

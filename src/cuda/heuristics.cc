@@ -1,7 +1,6 @@
 #include "cuda/heuristics.h"
 
 #include <algorithm>
-#include <cmath>
 #include <iterator>
 
 namespace fa::cuda {
@@ -108,7 +107,8 @@ KernelSpec spec_90(Element element, const Tile90& tile, Score score) {
 
 // Rows of few queries: two warps, so that several blocks of a multiprocessor keep loads in flight.
 // Where memory is waited for, the general score costs nothing.
-KernelSpec spec_packed(Element element, HeadDims dims, Loader loader) {
+KernelSpec spec_packed(Element element, HeadDims dims, Loader loader,
+                       const DeviceProperties& properties) {
   KernelSpec spec;
   spec.element = element;
   spec.head_dim = dims.qk;
@@ -119,6 +119,10 @@ KernelSpec spec_packed(Element element, HeadDims dims, Loader loader) {
   spec.score = Score::kGeneral;
   spec.loader = loader;
   spec.packs = true;
+  // Two stages: a block alone takes 1.8 us for a step of 64 keys with one, most of it waiting.
+  // Element by element there is nothing under way that a stage could hold.
+  spec.stages = loader == Loader::kElement ? 1 : 2;
+  if (forward_sm80_shared_bytes(spec) > properties.max_shared_bytes - 1024) spec.stages = 1;
   return spec;
 }
 
@@ -141,6 +145,10 @@ int64_t blocks_per_multiprocessor(const KernelId& kernel, const DeviceProperties
       (properties.max_shared_bytes + kReserved) / (dynamic_shared_bytes(kernel) + kReserved), 1);
 }
 
+int64_t rows_per_query(const AttentionProblem& problem, const KernelSpec& spec) {
+  return spec.packs ? problem.num_heads / problem.num_heads_kv : 1;
+}
+
 int64_t num_tiles(const AttentionProblem& problem, const KernelSpec& spec) {
   return problem.batch * (spec.packs ? problem.num_heads_kv : problem.num_heads) *
          tiles_m(problem, spec);
@@ -156,26 +164,43 @@ bool wants_packed(const AttentionProblem& problem, const KernelSpec& spec,
   return problem.num_splits == 0 && 2 * num_tiles(problem, spec) <= properties.multiprocessors;
 }
 
-// The fewest splits whose waves of blocks are nearly as full as any number's.
+// The number of splits for which a model says least time. Its unit is what the keys and values of a
+// step take at a multiprocessor's share of the bandwidth; a block that has a multiprocessor to
+// itself takes about as long for a step, waiting.
 int num_splits(const AttentionProblem& problem, const KernelId& kernel,
                const DeviceProperties& properties) {
   constexpr int64_t kMaxSplits = 128;
-  constexpr int64_t kMinSteps = 4;  // of a split, so that its start and end cost little
-  constexpr double kNearlyAsFull = 0.85;
-  const int64_t steps = problem.seqlen_k / kernel.spec.tile_n;
-  const int64_t most = std::clamp<int64_t>(steps / kMinSteps, 1, kMaxSplits);
-  const double at_once = static_cast<double>(properties.multiprocessors *
-                                             blocks_per_multiprocessor(kernel, properties));
-  const double tiles = static_cast<double>(num_tiles(problem, kernel.spec));
-  const auto fullness = [&](int64_t splits) {
-    const double waves = tiles * static_cast<double>(splits) / at_once;
-    return waves / std::ceil(waves);
+  constexpr double kStartAndEnd = 2.0;
+  constexpr double kCombine = 1.5;  // and for each 64 splits another 1
+  const auto blocks_over = [](int64_t blocks, int64_t places) {
+    return static_cast<double>((blocks + places - 1) / places);
   };
-  double best = 0.0;
-  for (int64_t splits = 1; splits <= most; ++splits) best = std::max(best, fullness(splits));
-  int64_t splits = 1;
-  while (fullness(splits) < kNearlyAsFull * best) ++splits;
-  return static_cast<int>(splits);
+  const int64_t tile_n = kernel.spec.tile_n;
+  const int64_t steps = std::max<int64_t>((problem.seqlen_k + tile_n - 1) / tile_n, 1);
+  const int64_t tiles = num_tiles(problem, kernel.spec);
+  const int64_t places = properties.multiprocessors;
+  const int64_t at_once = places * blocks_per_multiprocessor(kernel, properties);
+  // What a split leaves is written and read: rows of fp32, beside keys and values of 2 bytes.
+  const double rows = static_cast<double>(std::min<int64_t>(
+      kernel.spec.tile_m, problem.seqlen_q * rows_per_query(problem, kernel.spec)));
+  const double steps_of_result =
+      rows * 4.0 * static_cast<double>(problem.head_dim_v) /
+      static_cast<double>(tile_n * (problem.head_dim + problem.head_dim_v));
+  int best = 1;
+  double least = 0.0;
+  for (int64_t splits = 1; splits <= std::min(steps, kMaxSplits); ++splits) {
+    const double each = blocks_over(steps, splits);
+    const double moved =
+        blocks_over(tiles * splits, places) * (splits > 1 ? each + steps_of_result : each);
+    const double waited = blocks_over(tiles * splits, at_once) * (each + kStartAndEnd);
+    const double time = std::max(moved, waited) +
+                        (splits > 1 ? kCombine + static_cast<double>(splits) / 64.0 : 0.0);
+    if (splits == 1 || time < least) {
+      best = static_cast<int>(splits);
+      least = time;
+    }
+  }
+  return best;
 }
 
 }  // namespace
@@ -243,7 +268,7 @@ CacheChoice choose_cache(const AttentionProblem& problem, const DeviceProperties
   if (problem.dtype != DataType::kFloat32) {
     const KernelSpec& spec = choice.kernel.spec;
     const KernelSpec packed =
-        spec_packed(spec.element, {spec.head_dim, spec.head_dim_v}, spec.loader);
+        spec_packed(spec.element, {spec.head_dim, spec.head_dim_v}, spec.loader, properties);
     if (wants_packed(problem, spec, properties)) choice.kernel.spec = packed;
     if (!choice.kernel.spec.packs) return choice;
   }
@@ -257,12 +282,20 @@ CacheChoice choose_cache(const AttentionProblem& problem, const DeviceProperties
 KernelId choose_around_cache(Family family, const AttentionProblem& problem) {
   KernelSpec spec;
   spec.element = element_of(problem.dtype);
+  if (family == Family::kCombineSplits) spec.num_warps = kCombiningWarps;
   return {family, spec};
 }
 
+int warps_per_row(int num_splits) {
+  constexpr int kSplitsPerWarp = 4;  // whose loads are under way together
+  int warps = 1;
+  while (warps < kCombiningWarps && warps * kSplitsPerWarp < num_splits) warps *= 2;
+  return warps;
+}
+
 int64_t tiles_m(const AttentionProblem& problem, const KernelSpec& spec) {
-  const int64_t group = spec.packs ? problem.num_heads / problem.num_heads_kv : 1;
-  return std::max<int64_t>((problem.seqlen_q * group + spec.tile_m - 1) / spec.tile_m, 1);
+  const int64_t rows = problem.seqlen_q * rows_per_query(problem, spec);
+  return std::max<int64_t>((rows + spec.tile_m - 1) / spec.tile_m, 1);
 }
 
 KernelId choose_sm90(const AttentionProblem& problem) {
@@ -326,7 +359,7 @@ std::vector<KernelId> reachable_kernels(const DeviceProperties& properties) {
     }
     for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
       for (const Loader loader : {Loader::kVector, Loader::kPagedVector, Loader::kElement}) {
-        list.push_back({Family::kForward80, spec_packed(element, dims, loader)});
+        list.push_back({Family::kForward80, spec_packed(element, dims, loader, properties)});
       }
     }
     const KernelId fp32{Family::kForward32, spec_32(dims)};

@@ -37,6 +37,10 @@ CacheChoice choose_cache(const core::AttentionProblem& problem, const DeviceProp
 // The kernels around one for a KV cache: Family::kUpdateCache and Family::kCombineSplits.
 KernelId choose_around_cache(Family family, const core::AttentionProblem& problem);
 
+// How many warps of a block of Family::kCombineSplits join a row's splits: a divisor.
+inline constexpr int kCombiningWarps = 8;
+int warps_per_row(int num_splits);
+
 // Tiles of the longest sequence's rows, at least 1.
 int64_t tiles_m(const core::AttentionProblem& problem, const KernelSpec& spec);
 

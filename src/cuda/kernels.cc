@@ -116,7 +116,8 @@ std::string to_string(const KernelId& id) {
                       " head_dim ", dims, kScoreNames[static_cast<int>(spec.score)],
                       spec.dropout ? " dropout" : "", kLoaderNames[static_cast<int>(spec.loader)],
                       spec.packs ? " packed" : "", ", tile ", spec.tile_m, "x", spec.tile_n, ", ",
-                      spec.num_warps, " warps");
+                      spec.num_warps, " warps",
+                      spec.stages > 1 ? core::concat(", ", spec.stages, " stages") : "");
 }
 
 std::string expression(const KernelId& id) {
@@ -128,7 +129,7 @@ std::string expression(const KernelId& id) {
       ", .num_warps = ", spec.num_warps, ", .score = fa::cuda::Score(",
       static_cast<int>(spec.score), "), .dropout = ", spec.dropout ? "true" : "false",
       ", .loader = fa::cuda::Loader(", static_cast<int>(spec.loader),
-      "), .packs = ", spec.packs ? "true" : "false", "}>");
+      "), .packs = ", spec.packs ? "true" : "false", ", .stages = ", spec.stages, "}>");
 }
 
 int threads(const KernelId& id) { return id.spec.num_warps * 32; }

@@ -2,7 +2,8 @@
 //
 // FlashAttention-2 (Dao, arXiv:2307.08691), algorithm 1: a block of warps takes tile_m queries, of
 // which each warp has its own rows, and visits the keys tile_n at a time, from the last it sees to
-// the first. Values are on their way while scores are computed, the next keys during softmax.
+// the first. Values are on their way while scores are computed, the next keys during softmax; with
+// more stages than one, those of later steps as well.
 #pragma once
 
 #include "cuda/device/forward_common.h"
@@ -22,7 +23,9 @@ struct Forward80 {
   using KTile = SharedTile<kSpec.tile_n, kSpec.head_dim>;
   using VTile = SharedTile<kSpec.tile_n, kSpec.head_dim_v>;
   using OTile = SharedTile<kSpec.tile_m, kSpec.head_dim_v>;  // in the place of q's
-  static_assert(forward_sm80_shared_bytes(kSpec) == QTile::kBytes + KTile::kBytes + VTile::kBytes &&
+  static constexpr int kStages = kSpec.stages;
+  static_assert(forward_sm80_shared_bytes(kSpec) ==
+                    QTile::kBytes + kStages * (KTile::kBytes + VTile::kBytes) &&
                 OTile::kBytes <= QTile::kBytes);
 
   using S = Accumulator<kTilesM, kTilesN>;
@@ -37,14 +40,28 @@ __device__ inline void attend_tile(const ForwardArgs& args, const Block& block,
   const int lane = threadIdx.x % 32;
   const int warp_row = threadIdx.x / 32 * F::kWarpRows;
   const typename F::QTile q_tile{shared};
-  const typename F::KTile k_tile{shared + F::QTile::kBytes};
-  const typename F::VTile v_tile{shared + F::QTile::kBytes + F::KTile::kBytes};
+  // What a step's keys and values lie in.
+  const auto k_tile = [&](int step) {
+    return typename F::KTile{shared + F::QTile::kBytes + step % F::kStages * F::KTile::kBytes};
+  };
+  const auto v_tile = [&](int step) {
+    return typename F::VTile{shared + F::QTile::kBytes + F::kStages * F::KTile::kBytes +
+                             step % F::kStages * F::VTile::kBytes};
+  };
+  // One group of copies, empty before the first step.
   const auto load_keys = [&](auto tile, const TensorArgs& tensor, int step, int columns) {
-    load_tile<kSpec.element, kSpec.loader, F::kThreads>(
-        tile, step * kSpec.tile_n, block.sequence.seqlen_k, columns, threadIdx.x,
-        key_rows<kSpec.loader>(args, tensor, block.sequence, block.kv_head));
+    if (step >= block.steps.begin) {
+      load_tile<kSpec.element, kSpec.loader, F::kThreads>(
+          tile, step * kSpec.tile_n, block.sequence.seqlen_k, columns, threadIdx.x,
+          key_rows<kSpec.loader>(args, tensor, block.sequence, block.kv_head));
+    }
     copy_async_commit();
   };
+  const auto load_k = [&](int step) { load_keys(k_tile(step), args.k, step, args.shape.head_dim); };
+  const auto load_v = [&](int step) {
+    load_keys(v_tile(step), args.v, step, args.shape.head_dim_v);
+  };
+  constexpr int kAhead = F::kStages - 1;  // steps that are under way behind the current one
 
   typename F::O o;
   OnlineSoftmax<F::kTilesM> softmax;
@@ -55,22 +72,27 @@ __device__ inline void attend_tile(const ForwardArgs& args, const Block& block,
     load_tile<kSpec.element, kSpec.loader, F::kThreads>(
         q_tile, block.tile_row, block.num_rows, args.shape.head_dim, threadIdx.x,
         tile_rows<kSpec.packs>(args, args.q, block.sequence, block.head));
-    load_keys(k_tile, args.k, step, args.shape.head_dim);
+#pragma unroll
+    for (int ahead = 0; ahead < kAhead; ++ahead) {
+      load_k(step - ahead);
+      load_v(step - ahead);
+    }
+    load_k(step - kAhead);
   }
 #pragma unroll 1
   for (; step >= block.steps.begin; --step) {
-    copy_async_wait<0>();
+    copy_async_wait<2 * kAhead>();
     __syncthreads();  // q and k have arrived, and everybody is done with the last v
-    load_keys(v_tile, args.v, step, args.shape.head_dim_v);
+    load_v(step - kAhead);
     typename F::S s;
-    multiply_q_k<kSpec.element, kSpec.head_dim>(s, q_tile, warp_row, k_tile, lane);
-    copy_async_wait<0>();
+    multiply_q_k<kSpec.element, kSpec.head_dim>(s, q_tile, warp_row, k_tile(step), lane);
+    copy_async_wait<2 * kAhead>();
     __syncthreads();  // v has arrived, and everybody is done with k
-    if (step > block.steps.begin) load_keys(k_tile, args.k, step - 1, args.shape.head_dim);
+    load_k(step - F::kStages);
     scores_to_probabilities<kSpec>(s, softmax, args, block, block.tile_row + warp_row, step,
                                    is_masked(block, step), lane);
     softmax.apply_rescale(o);
-    multiply_p_v<kSpec.element>(o, s, v_tile, lane);
+    multiply_p_v<kSpec.element>(o, s, v_tile(step), lane);
   }
   if constexpr (kSpec.packs) {
     if (args.splits.num_splits > 1) {

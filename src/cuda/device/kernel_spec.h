@@ -27,13 +27,15 @@ struct KernelSpec {
   // For few queries: the heads of a group are rows of one tile, so that a block reads its keys once
   // for all of them, and blocks may share the keys of a tile among them (SplitArgs).
   bool packs = false;
+  int stages = 1;  // of k and v in shared memory
 
   constexpr bool operator==(const KernelSpec&) const = default;
 };
 
-// Shared memory that a launch asks for. forward_sm80: q, k and v.
+// Shared memory that a launch asks for. forward_sm80: q, and stages of k and v.
 constexpr int forward_sm80_shared_bytes(const KernelSpec& spec) {
-  return 2 * ((spec.tile_m + spec.tile_n) * spec.head_dim + spec.tile_n * spec.head_dim_v);
+  return 2 * (spec.tile_m * spec.head_dim +
+              spec.stages * spec.tile_n * (spec.head_dim + spec.head_dim_v));
 }
 
 // forward_sm90: q, and stages of k and v; aligned to what the copy engine's swizzle repeats after.
