@@ -164,13 +164,15 @@ bool wants_packed(const AttentionProblem& problem, const KernelSpec& spec,
   return problem.num_splits == 0 && 2 * num_tiles(problem, spec) <= properties.multiprocessors;
 }
 
-// The number of splits for which a model says least time. Its unit is what the keys and values of a
-// step take at a multiprocessor's share of the bandwidth; a block that has a multiprocessor to
-// itself takes about as long for a step, waiting.
+// The fewest splits for which a model says about least time. Its unit is what the keys and values
+// of a step take at a multiprocessor's share of the bandwidth; a block that has a multiprocessor to
+// itself takes kWaiting for a step.
 int num_splits(const AttentionProblem& problem, const KernelId& kernel,
                const DeviceProperties& properties) {
   constexpr int64_t kMaxSplits = 128;
-  constexpr double kStartAndEnd = 2.0;
+  constexpr double kWaiting = 1.2;
+  constexpr double kStartAndEnd = 2.0;  // of a block, in steps
+  constexpr double kWorthIt = 0.96;
   constexpr double kCombine = 1.5;  // and for each 64 splits another 1
   const auto blocks_over = [](int64_t blocks, int64_t places) {
     return static_cast<double>((blocks + places - 1) / places);
@@ -192,10 +194,10 @@ int num_splits(const AttentionProblem& problem, const KernelId& kernel,
     const double each = blocks_over(steps, splits);
     const double moved =
         blocks_over(tiles * splits, places) * (splits > 1 ? each + steps_of_result : each);
-    const double waited = blocks_over(tiles * splits, at_once) * (each + kStartAndEnd);
+    const double waited = kWaiting * blocks_over(tiles * splits, at_once) * (each + kStartAndEnd);
     const double time = std::max(moved, waited) +
                         (splits > 1 ? kCombine + static_cast<double>(splits) / 64.0 : 0.0);
-    if (splits == 1 || time < least) {
+    if (splits == 1 || time < kWorthIt * least) {
       best = static_cast<int>(splits);
       least = time;
     }
