@@ -1,10 +1,10 @@
 #include "cuda/cuda.h"
 
-#include "cuda/cache_plan.h"
 #include "cuda/device.h"
 #include "cuda/forward_plan.h"
 #include "cuda/heuristics.h"
 #include "cuda/nvrtc.h"
+#include "cuda/split_plan.h"
 
 namespace fa::cuda {
 namespace {
@@ -21,9 +21,7 @@ Result<core::PlanPtr> accept_sm80(const core::AttentionProblem& problem, core::D
   if (!found.ok()) return found.status();
   FA_TRY(check_sm80(problem, found.value()->properties));
   FA_TRY(check_compiler());
-  if (problem.layout == core::Layout::kCache) {
-    return make_cache_plan(problem, at.index, *found.value());
-  }
+  if (wants_split_plan(problem)) return make_split_plan(problem, at.index, *found.value());
   const KernelId kernel = choose_sm80(problem, found.value()->properties);
   return make_forward_plan(problem, at.index, *found.value(), kernel, kernel);
 }
@@ -33,6 +31,8 @@ Result<core::PlanPtr> accept_sm90(const core::AttentionProblem& problem, core::D
   if (!found.ok()) return found.status();
   FA_TRY(check_sm90(problem, found.value()->properties));
   FA_TRY(check_compiler());
+  // Where each key is read once, the memory's pace is all that counts.
+  if (wants_split_plan(problem)) return make_split_plan(problem, at.index, *found.value());
   return make_forward_plan(problem, at.index, *found.value(), choose_sm90(problem),
                            choose_sm80(problem, found.value()->properties));
 }

@@ -156,7 +156,7 @@ class ForwardPlan final : public core::Plan {
     TensorMaps tensor_maps;
     if (maps) FA_TRY(make_tensor_maps(*device_.driver, args, spec, tensor_maps));
     void* arguments[] = {&launch_args, &tensor_maps};
-    const int64_t blocks = num_blocks(launch_args.schedule);
+    const int64_t blocks = num_blocks(problem_, launch_args.schedule);
     launch_args.schedule.num_blocks = static_cast<int>(std::min(blocks, kMaxBlocks));
     launch_args.splits.num_tiles = launch_args.schedule.num_blocks;
     FA_TRY(kernel.value()->launch(blocks > kMaxBlocks ? blocks
@@ -173,12 +173,6 @@ class ForwardPlan final : public core::Plan {
   }
 
  private:
-  // Varlen: one batch entry more, for the rows behind the last sequence.
-  int64_t num_blocks(const ScheduleArgs& schedule) const {
-    const int64_t entries = problem_.batch + (problem_.layout == core::Layout::kVarlen ? 1 : 0);
-    return entries * problem_.num_heads * schedule.num_tiles_m;
-  }
-
   Status run_s_dmask(const AttentionArgs& args, ForwardArgs& launch_args,
                      const core::Stream& stream) const {
     const KernelId id = choose_s_dmask(problem_);
@@ -230,6 +224,11 @@ ForwardArgs forward_args(const AttentionProblem& problem, const AttentionArgs& a
   set_score(args, problem, spec.score, to.score);
   set_dropout(args, problem, to.dropout);
   return to;
+}
+
+int64_t num_blocks(const AttentionProblem& problem, const ScheduleArgs& schedule) {
+  const int64_t entries = problem.batch + (problem.layout == core::Layout::kVarlen ? 1 : 0);
+  return entries * schedule.num_heads * schedule.num_tiles_m;
 }
 
 core::PlanPtr make_forward_plan(const AttentionProblem& problem, int device_index,

@@ -14,6 +14,10 @@ TensorArgs tensor_args(const core::TensorView& view);
 ForwardArgs forward_args(const core::AttentionProblem& problem, const core::AttentionArgs& args,
                          const KernelSpec& spec);
 
+// Blocks of a launch with one for each tile. Varlen: one batch entry more, for the rows behind the
+// last sequence.
+int64_t num_blocks(const core::AttentionProblem& problem, const ScheduleArgs& schedule);
+
 // `kernel` is one that the heuristics choose for `problem` on the device; `otherwise` serves calls
 // whose tensors Hopper's copy engine cannot be told of, where `kernel` is Hopper's.
 core::PlanPtr make_forward_plan(const core::AttentionProblem& problem, int device_index,

@@ -154,13 +154,16 @@ int64_t num_tiles(const AttentionProblem& problem, const KernelSpec& spec) {
          tiles_m(problem, spec);
 }
 
+bool has_few_queries(const AttentionProblem& problem) {
+  constexpr int64_t kFewRows = 64;
+  return problem.seqlen_q * (problem.num_heads / problem.num_heads_kv) <= kFewRows;
+}
+
 // Whether the tiles of few queries serve better than those of `spec`: a tile holds all rows of a
 // group, keys are to be shared among blocks, or blocks are far fewer than multiprocessors.
 bool wants_packed(const AttentionProblem& problem, const KernelSpec& spec,
                   const DeviceProperties& properties) {
-  constexpr int64_t kFewRows = 64;
-  const int64_t rows = problem.seqlen_q * (problem.num_heads / problem.num_heads_kv);
-  if (rows <= kFewRows || problem.num_splits > 1) return true;
+  if (has_few_queries(problem) || problem.num_splits > 1) return true;
   return problem.num_splits == 0 && 2 * num_tiles(problem, spec) <= properties.multiprocessors;
 }
 
@@ -265,8 +268,16 @@ KernelId choose_sm80(const AttentionProblem& problem, const DeviceProperties& pr
           spec_80(element_of(problem.dtype), dims, score, problem.dropout, loader, properties)};
 }
 
-CacheChoice choose_cache(const AttentionProblem& problem, const DeviceProperties& properties) {
-  CacheChoice choice{choose_sm80(problem, properties), 1};
+bool wants_split_plan(const AttentionProblem& problem) {
+  // Fewer keys take a block of a whole tile about as long as two kernels.
+  constexpr int64_t kManyKeys = 512;
+  if (problem.layout == core::Layout::kCache) return true;
+  return problem.dtype != DataType::kFloat32 && !problem.dropout && !problem.wants_s_dmask &&
+         problem.seqlen_k >= kManyKeys && has_few_queries(problem);
+}
+
+SplitChoice choose_split(const AttentionProblem& problem, const DeviceProperties& properties) {
+  SplitChoice choice{choose_sm80(problem, properties), 1};
   if (problem.dtype != DataType::kFloat32) {
     const KernelSpec& spec = choice.kernel.spec;
     const KernelSpec packed =
@@ -281,7 +292,7 @@ CacheChoice choose_cache(const AttentionProblem& problem, const DeviceProperties
   return choice;
 }
 
-KernelId choose_around_cache(Family family, const AttentionProblem& problem) {
+KernelId choose_around(Family family, const AttentionProblem& problem) {
   KernelSpec spec;
   spec.element = element_of(problem.dtype);
   if (family == Family::kCombineSplits) spec.num_warps = kCombiningWarps;
@@ -381,8 +392,8 @@ std::vector<KernelId> reachable_kernels(const DeviceProperties& properties) {
     AttentionProblem problem;
     problem.dtype = dtype;
     list.push_back(choose_s_dmask(problem));
-    list.push_back(choose_around_cache(Family::kUpdateCache, problem));
-    list.push_back(choose_around_cache(Family::kCombineSplits, problem));
+    list.push_back(choose_around(Family::kUpdateCache, problem));
+    list.push_back(choose_around(Family::kCombineSplits, problem));
   }
   return list;
 }

@@ -26,16 +26,19 @@ KernelId choose_sm90(const core::AttentionProblem& problem);
 // The kernel that writes S_dmask.
 KernelId choose_s_dmask(const core::AttentionProblem& problem);
 
-// The kernel for a KV cache that check_sm80() takes, and among how many blocks the keys of a tile
-// are shared.
-struct CacheChoice {
+// Whether the tiles of few queries serve a problem that check_sm80() takes better than those of its
+// own kernel, or it has a KV cache.
+bool wants_split_plan(const core::AttentionProblem& problem);
+
+// The kernel for such a problem, and among how many blocks the keys of a tile are shared.
+struct SplitChoice {
   KernelId kernel;
   int num_splits;
 };
-CacheChoice choose_cache(const core::AttentionProblem& problem, const DeviceProperties& properties);
+SplitChoice choose_split(const core::AttentionProblem& problem, const DeviceProperties& properties);
 
 // The kernels around one for a KV cache: Family::kUpdateCache and Family::kCombineSplits.
-KernelId choose_around_cache(Family family, const core::AttentionProblem& problem);
+KernelId choose_around(Family family, const core::AttentionProblem& problem);
 
 // How many warps of a block of Family::kCombineSplits join a row's splits: a divisor.
 inline constexpr int kCombiningWarps = 8;

@@ -88,9 +88,8 @@ TEST(CudaHeuristics, whatever_is_chosen_is_reachable) {
     for (int i = 0; i < 3000; ++i) {
       const AttentionProblem problem = random_problem(draw);
       ASSERT_TRUE(check_sm80(problem, properties).ok());
-      const KernelId kernel = problem.layout == Layout::kCache
-                                  ? choose_cache(problem, properties).kernel
-                                  : choose_sm80(problem, properties);
+      const KernelId kernel = wants_split_plan(problem) ? choose_split(problem, properties).kernel
+                                                        : choose_sm80(problem, properties);
       ASSERT_TRUE(is_among(kernel, reachable)) << to_string(problem) << ": " << to_string(kernel);
       if (check_sm90(problem, properties).ok()) {
         ASSERT_TRUE(is_among(choose_sm90(problem), reachable)) << to_string(problem);
@@ -111,23 +110,39 @@ TEST(CudaHeuristics, reachable_kernels_fit_into_shared_memory) {
 }
 
 TEST(CudaHeuristics, few_queries_pack_the_heads_of_a_group) {
-  EXPECT_TRUE(choose_cache(decoding(64, 4096, 32, 8), hopper()).kernel.spec.packs);
-  AttentionProblem prompt = decoding(64, 4096, 32, 8);
-  prompt.seqlen_q = 4096;
-  prompt.total_q = 64 * 4096;
-  const CacheChoice choice = choose_cache(prompt, hopper());
-  EXPECT_FALSE(choice.kernel.spec.packs);
-  EXPECT_EQ(choice.num_splits, 1);
+  for (const Layout layout : {Layout::kCache, Layout::kDense, Layout::kVarlen}) {
+    AttentionProblem problem = decoding(64, 4096, 32, 8);
+    problem.layout = layout;
+    ASSERT_TRUE(wants_split_plan(problem));
+    EXPECT_TRUE(choose_split(problem, hopper()).kernel.spec.packs);
+    problem.seqlen_q = 4096;
+    problem.total_q = 64 * 4096;
+    EXPECT_EQ(wants_split_plan(problem), layout == Layout::kCache);
+    EXPECT_FALSE(choose_split(problem, hopper()).kernel.spec.packs);
+    EXPECT_EQ(choose_split(problem, hopper()).num_splits, 1);
+  }
+}
+
+TEST(CudaHeuristics, what_the_tiles_of_few_queries_lack_goes_to_the_others) {
+  for (const auto change : {+[](AttentionProblem& problem) { problem.dropout = true; },
+                            +[](AttentionProblem& problem) { problem.wants_s_dmask = true; },
+                            +[](AttentionProblem& problem) { problem.dtype = DataType::kFloat32; },
+                            +[](AttentionProblem& problem) { problem.seqlen_k = 300; }}) {
+    AttentionProblem problem = decoding(64, 4096, 32, 8);
+    problem.layout = Layout::kDense;
+    change(problem);
+    EXPECT_FALSE(wants_split_plan(problem));
+  }
 }
 
 TEST(CudaHeuristics, splits_fill_the_device_and_no_more) {
   // Blocks of a whole batch: enough without splits.
-  EXPECT_EQ(choose_cache(decoding(2048, 4096, 32, 8), hopper()).num_splits, 1);
+  EXPECT_EQ(choose_split(decoding(2048, 4096, 32, 8), hopper()).num_splits, 1);
   // 8 tiles for 132 multiprocessors.
-  const CacheChoice one = choose_cache(decoding(1, 65536, 32, 8), hopper());
+  const SplitChoice one = choose_split(decoding(1, 65536, 32, 8), hopper());
   EXPECT_GE(one.num_splits * 8, 132);
-  EXPECT_LE(choose_cache(decoding(1, 1024, 32, 8), hopper()).num_splits, 1024 / 64);
-  EXPECT_EQ(choose_cache(decoding(1, 100, 32, 8), hopper()).num_splits, 1);
+  EXPECT_LE(choose_split(decoding(1, 1024, 32, 8), hopper()).num_splits, 1024 / 64);
+  EXPECT_EQ(choose_split(decoding(1, 100, 32, 8), hopper()).num_splits, 1);
 }
 
 TEST(CudaHeuristics, a_number_of_splits_that_is_asked_for_is_taken) {
@@ -138,7 +153,7 @@ TEST(CudaHeuristics, a_number_of_splits_that_is_asked_for_is_taken) {
       problem.seqlen_q = seqlen_q;
       for (const int64_t splits : {1, 2, 7, 256}) {
         problem.num_splits = splits;
-        EXPECT_EQ(choose_cache(problem, hopper()).num_splits, splits);
+        EXPECT_EQ(choose_split(problem, hopper()).num_splits, splits);
       }
     }
   }

@@ -130,6 +130,40 @@ def test_any_lengths(name, seqlen_q, seqlen_k, causal, dtype):
         check(q, k, v, causal=causal)
 
 
+@pytest.mark.parametrize("head_dim", [64, 72, 128, 256])
+@pytest.mark.parametrize("seqlen_q,group", [(1, 1), (1, 8), (5, 3), (16, 4)])
+@pytest.mark.parametrize("options", ["plain", "causal", "window_left_causal", "softcap", "sink"])
+def test_few_queries_over_many_keys(name, options, seqlen_q, group, head_dim):
+    q, k, v = tensors(
+        2, seqlen_q, 1501, 2 * group, 2, head_dim=head_dim, dtype=HALVES[seqlen_q % 2]
+    )
+    options = OPTIONS[options]
+    if "learnable_sink" in options:
+        options = {"learnable_sink": torch.randn(2 * group)}
+    check(q, k, v, **options)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_few_queries_of_many_sequences(name, page_size, dtype):
+    """Some of them empty, and rows behind the last."""
+    lengths_q, lengths_k = [3, 0, 1, 4], [700, 30, 0, 1333]
+    q, k, v = varlen_tensors([*lengths_q, 5], lengths_k, dtype=dtype)
+    cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
+    options = {
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "max_seqlen_q": 4,
+        "max_seqlen_k": 1400,
+        "causal": True,
+        "alibi_slopes": torch.rand(4, 4),
+    }
+    if page_size > 0:
+        k, v, options["block_table"] = paged(k, v, cu_k, page_size)
+    out, lse = check_varlen(q, k, v, **options)
+    assert not out[8:].any() and (lse[:, 8:] == math.inf).all()
+
+
 @pytest.mark.parametrize("window", [(0, 0), (5, -1), (-1, 5), (64, 64), (100, 3), (1000, 1000)])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_windows(name, window, head_dim):
@@ -224,6 +258,25 @@ def test_rows_behind_the_last_sequence_are_empty(name, dtype):
     assert out[:60].any() and lse[:, :60].isfinite().all()
 
 
+def paged(
+    k: torch.Tensor, v: torch.Tensor, cu_k: torch.Tensor, page_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k and v of sequences laid end to end in pages, which NaN fills up, and their block_table,
+    whose unused entries are no pages."""
+    lengths = cu_k.diff().tolist()
+    width = (max(lengths) + page_size - 1) // page_size
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randperm(len(lengths) * width, generator=generator).int().view(-1, width)
+    pages = torch.full((2, table.numel(), page_size, *k.shape[1:]), math.nan, dtype=k.dtype)
+    for b, length in enumerate(lengths):
+        for j in range(length):
+            page = table[b, j // page_size]
+            pages[0, page, j % page_size] = k[cu_k[b] + j]
+            pages[1, page, j % page_size] = v[cu_k[b] + j]
+        table[b, (length + page_size - 1) // page_size :] = 2**30
+    return pages[0], pages[1], table
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("page_size", [1, 16, 17, 256])
 @pytest.mark.parametrize("options", ["causal", "softcap", "sink", "alibi"])
@@ -232,17 +285,7 @@ def test_pages_equal_one_piece_bitwise(name, options, page_size, dtype):
     lengths_q, lengths_k = [20, 5, 140], [45, 133, 290]
     q, k, v = varlen_tensors(lengths_q, lengths_k, dtype=dtype)
     cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
-    width = (290 + page_size - 1) // page_size
-    generator = torch.Generator().manual_seed(1)
-    table = torch.randperm(3 * width, generator=generator).int().view(3, width)
-    pages_k, pages_v = torch.full((2, 3 * width, page_size, 2, 64), math.nan, dtype=dtype)
-    for b in range(3):
-        for j in range(lengths_k[b]):
-            page = table[b, j // page_size]
-            pages_k[page, j % page_size] = k[cu_k[b] + j]
-            pages_v[page, j % page_size] = v[cu_k[b] + j]
-        used = (lengths_k[b] + page_size - 1) // page_size
-        table[b, used:] = 2**30
+    pages_k, pages_v, table = paged(k, v, cu_k, page_size)
     lengths = {
         "cu_seqlens_q": cu_q,
         "cu_seqlens_k": cu_k,

@@ -66,11 +66,12 @@ struct SplitRow {
 };
 
 template <KernelSpec kSpec>
-__device__ inline void store_row(const ForwardArgs& args, const SplitRow& it, int batch, int head,
-                                 int query, float highest) {
+__device__ inline void store_row(const ForwardArgs& args, const SplitRow& it,
+                                 const Sequence& sequence, int head, int query, float highest) {
   const bool empty = highest == -kInfinity;
-  const Index out =
-      batch * args.out.batch_stride + query * args.out.row_stride + head * args.out.head_stride;
+  const Index row = sequence.q_begin + query;
+  const Index out = sequence.q_batch * args.out.batch_stride + row * args.out.row_stride +
+                    head * args.out.head_stride;
 #pragma unroll
   for (int c = 0; c < SplitRow::kMaxColumns; ++c) {
     const int column = c * 32 + it.lane;
@@ -79,8 +80,8 @@ __device__ inline void store_row(const ForwardArgs& args, const SplitRow& it, in
     }
   }
   if (args.lse != nullptr && it.lane == 0) {
-    args.lse[batch * args.lse_batch_stride + head * args.lse_head_stride +
-             query * args.lse_row_stride] = empty ? kInfinity : highest + logf(it.sum);
+    args.lse[sequence.q_batch * args.lse_batch_stride + head * args.lse_head_stride +
+             row * args.lse_row_stride] = empty ? kInfinity : highest + logf(it.sum);
   }
 }
 
@@ -92,10 +93,12 @@ __global__ void __launch_bounds__(kSpec.num_warps * 32)
   const int block_warp = threadIdx.x / 32;
   const Index row = static_cast<Index>(blockIdx.x) * (kSpec.num_warps / warps_per_row) +
                     block_warp / warps_per_row;
-  const bool exists = row < args.splits.num_rows;
   const int query = static_cast<int>(row % args.shape.seqlen_q);
   const int head = static_cast<int>(row / args.shape.seqlen_q % args.shape.num_heads);
   const int batch = static_cast<int>(row / args.shape.seqlen_q / args.shape.num_heads);
+  Sequence sequence{};
+  if (batch < args.shape.batch) sequence = sequence_of(args, batch);
+  const bool exists = query < sequence.seqlen_q;
   SplitRow it{args.splits, row, block_warp % warps_per_row, warps_per_row,
               static_cast<int>(threadIdx.x % 32)};
   float highest = -kInfinity;
@@ -109,7 +112,7 @@ __global__ void __launch_bounds__(kSpec.num_warps * 32)
     if (highest > -kInfinity) it.add_splits(highest);
   }
   it.join_warps(shared, block_warp);
-  if (exists && it.warp == 0) store_row<kSpec>(args, it, batch, head, query, highest);
+  if (exists && it.warp == 0) store_row<kSpec>(args, it, sequence, head, query, highest);
 }
 
 }  // namespace fa::cuda

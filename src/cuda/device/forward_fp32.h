@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(Forward32<kSpec>::kThreads)
   const int split = blockIdx.x / args.splits.num_tiles;
   const Work work = work_of(args, blockIdx.x % args.splits.num_tiles);
   if (work.batch >= args.shape.batch) {
-    clear_rows_past_the_end<Element::kFloat32>(args, work, threadIdx.x, Forward32<kSpec>::kThreads);
+    clear_rows_past_the_end<Element::kFloat32>(args, work, 1, threadIdx.x,
+                                               Forward32<kSpec>::kThreads);
     return;
   }
   const Sequence sequence = sequence_of(args, work.batch);

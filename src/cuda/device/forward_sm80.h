@@ -113,12 +113,14 @@ __global__ void __launch_bounds__(Forward80<kSpec>::kThreads)
     forward_sm80(const __grid_constant__ ForwardArgs args) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ Block block;
-  if constexpr (!kSpec.packs) {
-    const Work work = work_of(args, blockIdx.x);
-    if (work.batch >= args.shape.batch) {
-      clear_rows_past_the_end<kSpec.element>(args, work, threadIdx.x, Forward80<kSpec>::kThreads);
-      return;
+  const int tile = kSpec.packs ? blockIdx.x % args.splits.num_tiles : blockIdx.x;
+  const Work work = work_of(args, tile);
+  if (work.batch >= args.shape.batch) {
+    if (tile == blockIdx.x) {
+      clear_rows_past_the_end<kSpec.element>(args, work, kSpec.packs ? args.shape.heads_per_kv : 1,
+                                             threadIdx.x, Forward80<kSpec>::kThreads);
     }
+    return;
   }
   if (threadIdx.x == 0) block = block_of<kSpec>(args, blockIdx.x);
   __syncthreads();

@@ -29,7 +29,7 @@ class Consumer90 {
       if (work.batch < args_.shape.batch) {
         attend(tile++);
       } else {
-        clear_rows_past_the_end<kSpec.element>(args_, work, threadIdx.x - F::kGroupThreads,
+        clear_rows_past_the_end<kSpec.element>(args_, work, 1, threadIdx.x - F::kGroupThreads,
                                                F::kConsumers * F::kGroupThreads);
       }
     });

@@ -88,20 +88,23 @@ __device__ inline int end_of_sequences(const ForwardArgs& args) {
 }
 
 // Varlen rows behind the last sequence belong to none: out = 0, lse = +infinity, as for any row
-// that sees no key. `work` is one of those past the last batch entry, which share these rows.
+// that sees no key. `work` is one of those past the last batch entry, which share these rows; each
+// has `num_heads` heads.
 template <Element kElement>
 __device__ inline void clear_rows_past_the_end(const ForwardArgs& args, const Work& work,
-                                               int thread, int num_threads) {
+                                               int num_heads, int thread, int num_threads) {
 #pragma unroll 1
-  for (int row = end_of_sequences(args) + work.tile; row < args.sequences.total_q;
-       row += args.schedule.num_tiles_m) {
-    const Index out = row * args.out.row_stride + work.head * args.out.head_stride;
+  for (int i = work.tile; i < (args.sequences.total_q - end_of_sequences(args)) * num_heads;
+       i += args.schedule.num_tiles_m) {
+    const int row = end_of_sequences(args) + i / num_heads;
+    const int head = work.head * num_heads + i % num_heads;
+    const Index out = row * args.out.row_stride + head * args.out.head_stride;
 #pragma unroll 1
     for (int d = thread; d < args.shape.head_dim_v; d += num_threads) {
       store_element<kElement>(args.out.data, out + d, 0.0f);
     }
     if (args.lse != nullptr && thread == 0) {
-      args.lse[work.head * args.lse_head_stride + row * args.lse_row_stride] = kInfinity;
+      args.lse[head * args.lse_head_stride + row * args.lse_row_stride] = kInfinity;
     }
   }
 }

@@ -1,4 +1,4 @@
-#include "cuda/cache_plan.h"
+#include "cuda/split_plan.h"
 
 #include <algorithm>
 
@@ -30,7 +30,7 @@ struct Workspace {
   int64_t row_elements = 0;  // of a row of o
 
   Workspace(const AttentionProblem& problem, int num_splits) {
-    num_rows = problem.total_q * problem.num_heads;
+    num_rows = problem.batch * problem.num_heads * problem.seqlen_q;
     row_elements = round_up(problem.head_dim_v, 8);
     const auto take = [this](int64_t bytes) {
       constexpr int64_t kAlignment = 256;
@@ -48,28 +48,27 @@ struct Workspace {
   }
 };
 
-class CachePlan final : public core::Plan {
+class SplitPlan final : public core::Plan {
  public:
-  CachePlan(const AttentionProblem& problem, int device_index, const CacheChoice& choice)
+  SplitPlan(const AttentionProblem& problem, int device_index, const SplitChoice& choice)
       : problem_(problem),
         device_index_(device_index),
         choice_(choice),
         workspace_(problem, choice.num_splits),
-        update_(choose_around_cache(Family::kUpdateCache, problem)),
+        update_(choose_around(Family::kUpdateCache, problem)),
         forward_(choice.kernel),
-        combine_(choose_around_cache(Family::kCombineSplits, problem)) {}
+        combine_(choose_around(Family::kCombineSplits, problem)) {}
 
   int64_t workspace_bytes(int) const override { return workspace_.total; }
 
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
     ForwardArgs launch_args = forward_args(problem_, args, choice_.kernel.spec);
-    set_cache(args, launch_args);
+    if (problem_.layout == core::Layout::kCache) set_cache(args, launch_args);
     if (problem_.rotary_dim > 0) set_rotated_q(workspace, launch_args);
     FA_TRY(update(args, launch_args, stream));
     if (problem_.total_q == 0) return {};
-    const int64_t tiles =
-        problem_.batch * launch_args.schedule.num_heads * launch_args.schedule.num_tiles_m;
+    const int64_t tiles = num_blocks(problem_, launch_args.schedule);
     launch_args.schedule.num_blocks = launch_args.splits.num_tiles =
         static_cast<int>(std::min(tiles, kMaxBlocks));
     launch_args.splits.num_splits = choice_.num_splits;
@@ -155,7 +154,7 @@ class CachePlan final : public core::Plan {
 
   const AttentionProblem problem_;
   const int device_index_;
-  const CacheChoice choice_;
+  const SplitChoice choice_;
   const Workspace workspace_;
   const LazyKernel update_;
   const LazyKernel forward_;
@@ -164,10 +163,10 @@ class CachePlan final : public core::Plan {
 
 }  // namespace
 
-core::PlanPtr make_cache_plan(const AttentionProblem& problem, int device_index,
+core::PlanPtr make_split_plan(const AttentionProblem& problem, int device_index,
                               const Device& device) {
-  return std::make_shared<CachePlan>(problem, device_index,
-                                     choose_cache(problem, device.properties));
+  return std::make_shared<SplitPlan>(problem, device_index,
+                                     choose_split(problem, device.properties));
 }
 
 }  // namespace fa::cuda
