@@ -60,6 +60,9 @@ DeviceProperties typical_properties(int compute_capability) {
   properties.compute_capability = compute_capability;
   constexpr int64_t kKiB = 1024;
   switch (compute_capability) {
+    case 75:
+      properties.max_shared_bytes = 64 * kKiB;
+      break;
     case 80:
     case 87:
       properties.max_shared_bytes = 163 * kKiB;

@@ -11,7 +11,8 @@ using core::BiasKind;
 using core::DataType;
 using core::Status;
 
-constexpr int kMinComputeCapability = 80;  // mma.sync of bf16, cp.async
+constexpr int kTuring = 75;  // mma.sync of fp16
+constexpr int kAmpere = 80;  // and of bf16, and cp.async
 constexpr int kHopper = 90;
 constexpr int64_t kMaxHeadDim = 256;
 // Positions are 32-bit in the kernels, with room for a window beside them.
@@ -38,6 +39,20 @@ Element element_of(DataType dtype) {
   return dtype == DataType::kBFloat16 ? Element::kBFloat16 : Element::kFloat32;
 }
 
+bool fits(const KernelSpec& spec, const DeviceProperties& properties) {
+  constexpr int kStaticBytes = 1024;
+  return forward_sm80_shared_bytes(spec) <= properties.max_shared_bytes - kStaticBytes;
+}
+
+// Within 64 KiB, which is what Turing has.
+void fit_turing(KernelSpec& spec, const DeviceProperties& properties) {
+  if (!fits(spec, properties)) spec.tile_n = 32;
+  if (!fits(spec, properties)) {
+    spec.tile_m = 32;
+    spec.num_warps = 2;
+  }
+}
+
 // Two 16-row tiles per warp halve the loads of k and v per product, and fill 255 registers; where
 // scores or addresses need more registers than that, or shared memory is short, fewer rows. tile_n
 // follows from head_dim alone: it decides in which order a row's keys are summed, and so the bits
@@ -50,10 +65,11 @@ void set_tile_80(KernelSpec& spec, const DeviceProperties& properties) {
   if (registers_are_short && spec.head_dim <= 128) {
     spec.tile_m = 64;
   }
-  if (forward_sm80_shared_bytes(spec) > properties.max_shared_bytes - 1024) {
+  if (!fits(spec, properties)) {
     spec.tile_m = 64;
     spec.num_warps = 4;
   }
+  fit_turing(spec, properties);
 }
 
 KernelSpec spec_80(Element element, HeadDims dims, Score score, bool dropout, Loader loader,
@@ -122,16 +138,18 @@ KernelSpec spec_packed(Element element, HeadDims dims, Loader loader,
   // Two stages: a block alone takes 1.8 us for a step of 64 keys with one, most of it waiting.
   // Element by element there is nothing under way that a stage could hold.
   spec.stages = loader == Loader::kElement ? 1 : 2;
-  if (forward_sm80_shared_bytes(spec) > properties.max_shared_bytes - 1024) spec.stages = 1;
+  if (!fits(spec, properties) || properties.compute_capability < kAmpere) spec.stages = 1;
+  fit_turing(spec, properties);
   return spec;
 }
 
-KernelSpec spec_32(HeadDims dims) {
+KernelSpec spec_32(HeadDims dims, const DeviceProperties& properties) {
   KernelSpec spec;
   spec.element = Element::kFloat32;
   spec.head_dim = spec.head_dim_v = std::max(dims.qk, dims.v);
   spec.tile_m = spec.head_dim > 128 ? 32 : 64;  // within 99 KiB
   spec.tile_n = 32;
+  if (forward_fp32_shared_bytes(spec) > properties.max_shared_bytes) spec.tile_m = 16;
   spec.num_warps = spec.tile_m / 8;
   spec.score = Score::kGeneral;
   spec.dropout = true;
@@ -211,10 +229,14 @@ int num_splits(const AttentionProblem& problem, const KernelId& kernel,
 }  // namespace
 
 Status check_sm80(const AttentionProblem& problem, const DeviceProperties& properties) {
-  if (properties.compute_capability < kMinComputeCapability) {
+  if (properties.compute_capability < kTuring) {
     return core::unsupported(
         properties.name, " has compute capability ", properties.compute_capability / 10, ".",
-        properties.compute_capability % 10, ", must be 8.0 or newer; triton serves older ones");
+        properties.compute_capability % 10, ", must be 7.5 or newer; triton serves older ones");
+  }
+  if (properties.compute_capability < kAmpere && problem.dtype == DataType::kBFloat16) {
+    return core::unsupported("q: dtype is bfloat16, which ", properties.name,
+                             " does not multiply; must be float16 or float32");
   }
   if (problem.direction != core::Direction::kForward) {
     return core::unsupported("the backward is not among these kernels; triton serves it");
@@ -254,7 +276,7 @@ Status check_sm90(const AttentionProblem& problem, const DeviceProperties& prope
 
 KernelId choose_sm80(const AttentionProblem& problem, const DeviceProperties& properties) {
   const HeadDims dims = padded_dims(problem.head_dim, problem.head_dim_v);
-  if (problem.dtype == DataType::kFloat32) return {Family::kForward32, spec_32(dims)};
+  if (problem.dtype == DataType::kFloat32) return {Family::kForward32, spec_32(dims, properties)};
   const bool paged = problem.page_size > 0;
   Loader loader = paged ? Loader::kPagedVector : Loader::kVector;
   // Dropout on pages is too rare for a kernel of its own.
@@ -362,20 +384,20 @@ std::vector<KernelId> reachable_kernels(const DeviceProperties& properties) {
       {Score::kGeneral, false, Loader::kVector},  {Score::kGeneral, false, Loader::kPagedVector},
       {Score::kGeneral, false, Loader::kElement}, {Score::kGeneral, true, Loader::kVector},
       {Score::kGeneral, true, Loader::kElement}};
+  std::vector<Element> elements{Element::kFloat16};
+  if (properties.compute_capability >= kAmpere) elements.push_back(Element::kBFloat16);
   std::vector<KernelId> list;
   for (const HeadDims& dims : kHeadDims) {
-    for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
+    for (const Element element : elements) {
       for (const Features& it : kFeatures) {
         list.push_back({Family::kForward80,
                         spec_80(element, dims, it.score, it.dropout, it.loader, properties)});
       }
-    }
-    for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
       for (const Loader loader : {Loader::kVector, Loader::kPagedVector, Loader::kElement}) {
         list.push_back({Family::kForward80, spec_packed(element, dims, loader, properties)});
       }
     }
-    const KernelId fp32{Family::kForward32, spec_32(dims)};
+    const KernelId fp32{Family::kForward32, spec_32(dims, properties)};
     if (std::find(list.begin(), list.end(), fp32) == list.end()) list.push_back(fp32);
   }
   std::vector<Tile90> tiles(std::begin(kTiles90), std::end(kTiles90));
@@ -391,6 +413,7 @@ std::vector<KernelId> reachable_kernels(const DeviceProperties& properties) {
   for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
     AttentionProblem problem;
     problem.dtype = dtype;
+    if (!check_sm80(problem, properties).ok()) continue;
     list.push_back(choose_s_dmask(problem));
     list.push_back(choose_around(Family::kUpdateCache, problem));
     list.push_back(choose_around(Family::kCombineSplits, problem));

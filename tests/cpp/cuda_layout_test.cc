@@ -365,7 +365,7 @@ struct Mapped {
 // ---- The table. ----
 
 struct Probe {
-  std::string name;
+  std::string name;  // "turing_...": as that does it, on whatever GPU there is
   const char* source;
   std::string expression;
   bool is_sm90;
@@ -517,6 +517,11 @@ std::vector<Probe> probes() {
   list.push_back(tile_copies("kVector", 128, 128, 64));
   list.push_back(tile_copies("kVector", 256, 128, 256));
   list.push_back(tile_copies("kElement", 128, 64, 96));
+  for (Probe probe : {tile_copies("kVector", 64, 32, 96), fragment_scores(Type::kFloat16, 96, 64),
+                      fragment_outputs(Type::kFloat16, 64, 96)}) {
+    probe.name = "turing_" + probe.name;
+    list.push_back(probe);
+  }
   for (const Type type : {Type::kFloat16, Type::kBFloat16}) {
     list.push_back(fragment_scores(type, 32, 128));
     list.push_back(fragment_scores(type, 96, 64));
@@ -541,9 +546,10 @@ TEST_P(CudaLayout, holds) {
   if (!compiler.ok()) GTEST_SKIP() << compiler.status().message();
   const int capability = gpu() == nullptr ? 90 : gpu()->device->properties.compute_capability;
   if (probe.is_sm90 && capability != 90) GTEST_SKIP() << "the GPU is no Hopper";
-  const core::Result<CompiledKernel> kernel =
-      compile(probe.source, "fa::cuda::" + probe.expression,
-              "sm_" + text(capability) + (probe.is_sm90 ? "a" : ""));
+  const bool as_turing = probe.name.starts_with("turing_");
+  const core::Result<CompiledKernel> kernel = compile(
+      (as_turing ? "#define FA_AS_TURING\n" : "") + std::string{probe.source},
+      "fa::cuda::" + probe.expression, "sm_" + text(capability) + (probe.is_sm90 ? "a" : ""));
   ASSERT_TRUE(kernel.ok()) << kernel.status().message();
   if (gpu() == nullptr) GTEST_SKIP() << "compiled; there is no NVIDIA GPU to run it on";
   probe.check(kernel.value());

@@ -18,9 +18,9 @@ import torch
 
 import flash_attn
 
-COMPUTE_CAPABILITIES = [80, 90, 100, 120]
+COMPUTE_CAPABILITIES = [75, 80, 90, 100, 120]
 # Kernels that a device can be asked for, by its compute capability.
-REACHABLE = {80: 183, 90: 207, 100: 183, 120: 183}
+REACHABLE = {75: 96, 80: 183, 90: 207, 100: 183, 120: 183}
 # The two sums per 16 rows that a warp keeps between steps; more is a spill that costs.
 ALLOWED_SPILL = 96
 LINE = re.compile(r"^(\S+): (.*): (\d+) registers, (\d+) bytes spilled(.*)$")
@@ -76,7 +76,7 @@ def selection(cache: Path) -> dict[int, list[str]]:
     """What to compile for each compute capability; all of them together cover every kernel."""
     listed = {cc: kernels(cache, cc) for cc in COMPUTE_CAPABILITIES}
     chosen = {
-        cc: [kernel for kernel in list_of if is_hot(kernel) and "bfloat16" in kernel]
+        cc: [kernel for kernel in list_of if is_hot(kernel) and (cc == 75 or "bfloat16" in kernel)]
         for cc, list_of in listed.items()
     }
     done = {kernel for list_of in chosen.values() for kernel in list_of}

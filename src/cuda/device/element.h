@@ -14,6 +14,11 @@ __device__ inline Word pack(float low, float high) {
   Word packed;
   if constexpr (kElement == Element::kBFloat16) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else if constexpr (kIsTuring) {
+    asm("{ .reg .f16 low, high; cvt.rn.f16.f32 low, %1; cvt.rn.f16.f32 high, %2; "
+        "mov.b32 %0, {low, high}; }"
+        : "=r"(packed)
+        : "f"(low), "f"(high));
   } else {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   }
