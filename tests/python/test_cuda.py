@@ -11,7 +11,12 @@ import torch
 from support import assert_close, chosen, offsets, out_bound, same_bits, tensors, varlen_tensors
 
 import flash_attn
-from flash_attn import dlpack, flash_attn_func, flash_attn_varlen_func
+from flash_attn import (
+    dlpack,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
 from flash_attn._attention import draw_seed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -413,6 +418,81 @@ def test_a_graph_replays_a_call(name):
     graph.replay()
     torch.cuda.synchronize()
     assert same_bits(out, expected)
+
+
+@pytest.fixture
+def serves_caches(name: str) -> None:
+    if name == "cuda:sm90":
+        pytest.skip("refused: a KV cache is cuda:sm80's")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_graph_replays_decoding(serves_caches, dtype):
+    """Ten tokens through one graph equal the whole sequence; lengths advance on the device."""
+    q, k, v = (x.cuda() for x in tensors(2, 600, 600, dtype=dtype))
+    expected = flash_attn_func(q, k, v, causal=True)
+    k_cache, v_cache = torch.full((2, 2, 700, 2, 64), math.nan, dtype=dtype, device="cuda")
+    k_cache[:, :590], v_cache[:, :590] = k[:, :590], v[:, :590]
+    lengths = torch.full((2,), 590, dtype=torch.int32, device="cuda")
+    static = [x[:, 590:591].clone() for x in (q, k, v)]
+    ones = torch.ones(600, 16, device="cuda")  # a rotation by 0, for which there is a workspace
+    options: dict[str, Any] = dict(rotary_cos=ones, rotary_sin=ones * 0, causal=True, num_splits=3)
+    graph = torch.cuda.CUDAGraph()
+    flash_attn_with_kvcache(*step(static, k_cache, v_cache), cache_seqlens=lengths, **options)
+    with torch.cuda.graph(graph):
+        out = flash_attn_with_kvcache(
+            *step(static, k_cache, v_cache), cache_seqlens=lengths, **options
+        )
+        lengths += 1
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for t in range(590, 600):
+        for to, x in zip(static, (q, k, v)):
+            to.copy_(x[:, t : t + 1])
+        graph.replay()
+        assert (out - expected[:, t : t + 1]).abs().max() <= tolerance, t
+    assert same_bits(k_cache[:, :600].cpu(), k.cpu()) and k_cache[:, 600:].isnan().all()
+
+
+def step(new: list[torch.Tensor], k_cache: torch.Tensor, v_cache: torch.Tensor) -> Any:
+    """The first arguments of flash_attn_with_kvcache()."""
+    q, k, v = new
+    return q, k_cache, v_cache, k, v
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_wrong_lengths_rows_and_pages_write_nothing(serves_caches, page_size, monkeypatch):
+    """Without FLASH_ATTENTION_CHECK nobody knows of them before the kernels do."""
+    monkeypatch.delenv("FLASH_ATTENTION_CHECK", raising=False)
+    memory = torch.zeros(2, 12, 16, 2, 64, dtype=torch.bfloat16, device="cuda")
+    k_cache, v_cache = memory[:, 3:9].unbind()  # 6 rows, or pages, amid others' memory
+    new = [torch.ones(4, 3, 2, 64, dtype=torch.bfloat16, device="cuda") for _ in "qkv"]
+    int32 = dict(dtype=torch.int32, device="cuda")
+    layouts: list[dict[str, Any]]
+    if page_size > 0:
+        pages = [[6, 0], [-1, 1], [2**30, 2], [2, -(2**31)]]
+        layouts = [
+            {"block_table": torch.tensor(pages, **int32), "cache_seqlens": torch.zeros(4, **int32)},
+            {
+                "block_table": torch.zeros(4, 2, **int32),
+                "cache_seqlens": torch.tensor([32, -3, 2**31 - 3, -(2**31)], **int32),
+            },
+        ]
+        layouts[0]["cache_seqlens"][3] = 16
+    else:
+        layouts = [
+            {"cache_seqlens": torch.zeros(4, **int32), "cache_batch_idx": rows}
+            for rows in (torch.tensor([6, -1, 2**30, -(2**31)], **int32),)
+        ]
+        layouts.append(
+            {
+                "cache_seqlens": torch.tensor([16, -3, 2**31 - 3, -(2**31)], **int32),
+                "cache_batch_idx": torch.arange(4, **int32),
+            }
+        )
+    for layout in layouts:
+        flash_attn_with_kvcache(*step(new, k_cache, v_cache), causal=True, **layout)
+        torch.cuda.synchronize()
+        assert not memory.any()
 
 
 def test_calls_run_on_the_current_stream(name):
