@@ -48,19 +48,15 @@ class BackwardTaskRun {
   HWY_INLINE void prepare(int64_t index) {
     const BackwardPanel panel = this->panel(index);
     products_.pack(panel);
-    float* const out_row = p_;
-    float* const dout_row = ds_;
-    for (int64_t i = 0; i < kPanel; ++i) {
-      panel.lse[i] = -kMinusInfinity;
-      panel.delta[i] = 0.0f;
-      if (i >= panel.num_lanes) continue;
-      const float lse = *run_.lse_at(panel.head(i), panel.query(i));
+    std::fill(panel.lse + panel.num_lanes, panel.lse + kPanel, -kMinusInfinity);
+    std::fill(panel.delta + panel.num_lanes, panel.delta + kPanel, 0.0f);
+    panel.for_each_lane([&](int64_t lane, int64_t head, int64_t query) HWY_ATTR {
+      const float lse = *run_.lse_at(head, query);
       // A row without visible keys has +inf, or -inf from a sink that is; its P is 0 either way.
-      if (lse != kMinusInfinity) panel.lse[i] = lse * static_cast<float>(semantics::kLog2e);
-      run_.load_query(args_.out, panel, i, out_row);
-      run_.load_query(args_.dout, panel, i, dout_row);
-      panel.delta[i] = dot(out_row, dout_row, problem_.head_dim_v);
-    }
+      panel.lse[lane] =
+          lse == kMinusInfinity ? -kMinusInfinity : lse * static_cast<float>(semantics::kLog2e);
+    });
+    run_.multiply_queries(panel, panel.delta);
   }
 
   // dK and dV of a chunk of keys, and its share of dQ.
@@ -71,12 +67,17 @@ class BackwardTaskRun {
         chunk * num_tiles / call_.num_chunks * call_.tile_keys,
         std::min((chunk + 1) * num_tiles / call_.num_chunks * call_.tile_keys, seqlen_k)};
     for (int64_t p = 0; p < num_panels_; ++p) {
-      std::fill_n(panel(p, chunk).dq, kPanel * k_row_, 0.0f);
+      const BackwardPanel panel = this->panel(p, chunk);
+      if (first_key(panel, keys) < std::min(panel.keys.end, keys.end)) continue;
+      std::fill_n(panel.dq, kPanel * k_row_, 0.0f);
     }
     run_.for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
       products_.load_tile(tile);
       products_.start_tile(tile);
-      for (int64_t p = 0; p < num_panels_; ++p) accumulate(panel(p, chunk), tile);
+      for (int64_t p = 0; p < num_panels_; ++p) {
+        const BackwardPanel panel = this->panel(p, chunk);
+        accumulate(panel, tile, first_key(panel, keys) >= tile.first_key);
+      }
       products_.finish_tile();
       const float keep = 1.0f / (1.0f - static_cast<float>(args_.dropout_p));
       products_.store(tile, static_cast<float>(core::softmax_scale(args_)), keep);
@@ -86,7 +87,9 @@ class BackwardTaskRun {
   // dq = scale * the chunks' shares, in their order.
   HWY_INLINE void finish(int64_t index) const {
     const BackwardPanel panel = this->panel(index);
-    const int64_t size = kPanel * k_row_;
+    // Pairs leave blocks of whole vectors of queries.
+    const int64_t lanes = Products::kPairs ? panel.vectors() * kLanes : panel.num_lanes;
+    const int64_t size = lanes * k_row_;
     for (int64_t chunk = 1; chunk < call_.num_chunks; ++chunk) {
       const float* HWY_RESTRICT share = panel.dq + chunk * kPanel * k_row_;
       for (int64_t i = 0; i < size; i += kLanes) {
@@ -100,7 +103,9 @@ class BackwardTaskRun {
 
   // Leaves P, masked by dropout, in p_ and dS, before softcap's derivative, in ds_. The tile's keys
   // and values are loaded.
-  HWY_INLINE void compute_gradients(const BackwardPanel& panel, const ScoreTile& tile) const {
+  // Where `clips`, those that no product reads are left out.
+  HWY_INLINE void compute_gradients(const BackwardPanel& panel, const ScoreTile& tile,
+                                    bool clips) const {
     products_.scores(panel, tile);
     run_.finish_scores(panel, tile, scales_late_, derivatives_);
     products_.probability_gradients(panel, tile);
@@ -114,8 +119,11 @@ class BackwardTaskRun {
             });
           });
     } else {
+      const auto vectors_of = run_.vectors_of(panel, tile);
       for (int64_t row = tile.begin; row < tile.end; ++row) {
-        for (int64_t v = 0; v < panel.vectors(); ++v) {
+        const semantics::Range vectors =
+            clips ? vectors_of(row) : semantics::Range{0, panel.vectors()};
+        for (int64_t v = vectors.begin; v < vectors.end; ++v) {
           gradient_of_vector(panel, tile, row, v, [](Float& p, Float&) HWY_ATTR { return p; });
         }
       }
@@ -142,12 +150,9 @@ class BackwardTaskRun {
   int64_t num_panels() const { return num_panels_; }
 
  private:
-  HWY_INLINE static float dot(const float* a, const float* b, int64_t n) {
-    Float sum = hn::Zero(kFloats);  // rows are filled up with zeros
-    for (int64_t i = 0; i < n; i += kLanes) {
-      sum = hn::MulAdd(hn::Load(kFloats, a + i), hn::Load(kFloats, b + i), sum);
-    }
-    return hn::GetLane(hn::SumOfLanes(kFloats, sum));
+  // The first of `keys` that the panel sees, where it sees one.
+  static int64_t first_key(const BackwardPanel& panel, semantics::Range keys) {
+    return std::max(panel.keys.begin, keys.begin);
   }
 
   // p = exp2(s - lse), ds = p (dp - delta). drop(p, dp) masks dp and returns the masked p.
@@ -173,13 +178,14 @@ class BackwardTaskRun {
     hn::Store(dropped, kFloats, p_at);
   }
 
-  // One panel's contribution to dK and dV of the tile, and the tile's to dQ of the panel.
-  HWY_INLINE void accumulate(const BackwardPanel& panel, const KeyTile& keys) {
+  // One panel's contribution to dK and dV of the tile, and the tile's to dQ of the panel, to which
+  // it may be the first.
+  HWY_INLINE void accumulate(const BackwardPanel& panel, const KeyTile& keys, bool first) {
     const ScoreTile tile = run_.score_tile(panel, keys, p_);
     if (tile.begin >= tile.end) return;
-    compute_gradients(panel, tile);
+    compute_gradients(panel, tile, !Products::kPairs && derivatives_ == nullptr);
     if (derivatives_ != nullptr) apply_derivatives(panel, tile);
-    products_.accumulate(panel, tile);
+    products_.accumulate(panel, tile, first);
   }
 
   HWY_INLINE void apply_derivatives(const BackwardPanel& panel, const ScoreTile& tile) const {

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 #include "core/element.h"
 #include "cpu/plans.h"
@@ -70,8 +71,11 @@ class BackwardPlan final : public core::Plan {
     delta_ = book.take(panels);
     dq_ = book.take(panels * num_chunks_ * round_up(problem.head_dim, kMaxLanes));
     if (set.pairs != nullptr) {
-      q_pairs_ = book.take(panels / 2 * round_up(problem.head_dim, kMaxLanes));
-      dout_pairs_ = book.take(panels / 2 * round_up(problem.head_dim_v, kMaxLanes));
+      q_right_ = book.take(panels / 2 * round_up(problem.head_dim, kMaxLanes));
+      dout_right_ = book.take(panels / 2 * round_up(problem.head_dim_v, kMaxLanes));
+    } else {
+      q_right_ = book.take(panels * padded_row(problem.head_dim));
+      dout_right_ = book.take(panels * padded_row(problem.head_dim_v));
     }
     shared_floats_ = book.total();
   }
@@ -85,23 +89,29 @@ class BackwardPlan final : public core::Plan {
     float* shared = static_cast<float*>(workspace);
     const BackwardCall call{make_call(args, problem_, set_, kLongTileKeys, false),
                             {shared + q_, shared + dout_, shared + lse_, shared + delta_,
-                             shared + dq_, shared + q_pairs_, shared + dout_pairs_},
+                             shared + dq_, shared + q_right_, shared + dout_right_},
                             num_chunks_};
-    const auto run_all = [&](const std::vector<BackwardTask>& tasks, BackwardKernel kernel) {
+    const auto run_all = [&](const std::vector<BackwardTask>& tasks,
+                             std::initializer_list<BackwardKernel> kernels) {
       double flops = 0;
       for (const BackwardTask& task : tasks) flops += task.cost;
       core::parallel_for(*stream.parallel, static_cast<int64_t>(tasks.size()),
                          useful_workers(flops, *stream.parallel), [&](int64_t task, int worker) {
-                           kernel(call, tasks[task],
-                                  shared + shared_floats_ + worker * scratch_floats_);
+                           float* scratch = shared + shared_floats_ + worker * scratch_floats_;
+                           for (BackwardKernel kernel : kernels) kernel(call, tasks[task], scratch);
                          });
     };
     clear_unused_rows(args, problem_);
-    const std::vector<BackwardTask> panels = panel_tasks(call);
-    run_all(panels, set_.backward.prepare);
-    run_all(chunk_tasks(call), set_.backward.differentiate);
-    run_all(panels, set_.backward.finish);
-    if (problem_.wants_d_attn_bias) run_all(bias_tasks(args), set_.backward.differentiate_bias);
+    const BackwardKernels& kernels = set_.backward;
+    if (num_chunks_ == 1) {  // nothing is shared between tasks
+      run_all(chunk_tasks(call), {kernels.prepare, kernels.differentiate, kernels.finish});
+    } else {
+      const std::vector<BackwardTask> panels = panel_tasks(call);
+      run_all(panels, {kernels.prepare});
+      run_all(chunk_tasks(call), {kernels.differentiate});
+      run_all(panels, {kernels.finish});
+    }
+    if (problem_.wants_d_attn_bias) run_all(bias_tasks(args), {kernels.differentiate_bias});
     if (problem_.wants_d_learnable_sink) differentiate_sink(call);
     return {};
   }
@@ -130,6 +140,7 @@ class BackwardPlan final : public core::Plan {
     for (int32_t b = 0; b < problem_.batch; ++b) {
       const core::Sequence sequence = core::sequence(call.args, problem_, b);
       const int64_t tiles = (sequence.seqlen_k + kLongTileKeys - 1) / kLongTileKeys;
+      const int64_t panels = call.panels_per_head_kv(sequence);
       for (int64_t chunk = 0; chunk < num_chunks_; ++chunk) {
         const int64_t begin = chunk * tiles / num_chunks_ * kLongTileKeys;
         const int64_t end =
@@ -137,7 +148,7 @@ class BackwardPlan final : public core::Plan {
         const double cost = pairs(sequence, begin, end) * 2.0 *
                             static_cast<double>(3 * problem_.head_dim + 2 * problem_.head_dim_v);
         for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
-          tasks.push_back({b, h, chunk, 0, cost * static_cast<double>(call.group)});
+          tasks.push_back({b, h, chunk, panels, cost * static_cast<double>(call.group)});
         }
       }
     }
@@ -204,7 +215,7 @@ class BackwardPlan final : public core::Plan {
   const int64_t num_chunks_;
   const int64_t scratch_floats_;
   // BackwardBuffers, from the start of the workspace.
-  int64_t q_, dout_, lse_, delta_, dq_, q_pairs_ = 0, dout_pairs_ = 0;
+  int64_t q_, dout_, lse_, delta_, dq_, q_right_, dout_right_;
   int64_t shared_floats_;
 };
 
@@ -220,8 +231,6 @@ BackwardScratch BackwardScratch::layout(const AttentionProblem& problem, int64_t
   Booking book;
   const int64_t k_row = padded_row(problem.head_dim);
   const int64_t v_row = padded_row(problem.head_dim_v);
-  layout.q = book.take(kMaxPanel * k_row);
-  layout.dout = book.take(kMaxPanel * v_row);
   layout.k = book.take(tile_keys * k_row);
   layout.v = book.take(tile_keys * v_row);
   layout.dk = book.take(tile_keys * k_row);

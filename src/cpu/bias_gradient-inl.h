@@ -90,7 +90,7 @@ class BiasGradientRun {
     const ScoreTile tile = run.run().score_tile(panel, keys, run.scores());
     if (tile.begin >= tile.end) return;
     run.load_tile(keys);
-    run.compute_gradients(panel, tile);
+    run.compute_gradients(panel, tile, false);
     for (int64_t row = tile.begin; row < tile.end; ++row) {
       for (int64_t i = 0; i < panel.num_lanes; ++i) {
         sums_[row * kPanel + i] += tile.in(run.score_gradients()).at_lane(row, i);

@@ -125,16 +125,17 @@ struct BackwardBuffers {
   float* lse;    // in base 2; +inf where the query sees no key: [panels][panel]
   float* delta;  // sum_d dO O: [panels][panel]
   float* dq;     // not yet times scale: [panels][chunks][panel][D rounded up]
-  // For products of pairs, Q and dO as pairs of queries: [panels][panel / 2][D rounded up].
-  float* q_pairs;
-  float* dout_pairs;
+  // Q and dO as the right factors of dK += dS^T Q and dV += P^T dO: rows that are padded, [panels]
+  // [panel][padded_row(D)], or pairs of queries, [panels][panel / 2][D rounded up].
+  float* q_right;
+  float* dout_right;
 };
 
 // One (batch, key head) and a part of its work.
 struct BackwardTask {
   int32_t batch;
   int32_t head_kv;
-  int64_t first;  // panel, or chunk of keys, by the phase
+  int64_t first;  // panel, or chunk of keys, by the phase: 0 where there is one chunk
   int64_t count;  // panels
   double cost;
 };
@@ -146,7 +147,7 @@ struct BackwardCall : AttentionCall {
 
 // Where the scratch of one worker lies, in floats.
 struct BackwardScratch {
-  int64_t q, dout, k, v, dk, dv, probabilities, score_gradients, softcap_derivatives, bias_sums,
+  int64_t k, v, dk, dv, probabilities, score_gradients, softcap_derivatives, bias_sums,
       k_transposed, gathered_p, gathered_ds, rows, total;
   static BackwardScratch layout(const core::AttentionProblem& problem, int64_t tile_keys,
                                 bool pairs);
@@ -154,7 +155,8 @@ struct BackwardScratch {
 
 using BackwardKernel = void (*)(const BackwardCall& call, const BackwardTask& task, float* scratch);
 
-// The phases of a backward; all tasks of one are done before the next starts.
+// The phases of a backward. Where keys are cut into chunks, all tasks of one are done before the
+// next starts; else each task goes through all.
 struct BackwardKernels {
   BackwardKernel prepare;        // panels: packs q and dout, delta and lse
   BackwardKernel differentiate;  // chunk of keys: dk, dv, and the chunk's share of dq

@@ -35,8 +35,6 @@ class FloatGradientProducts {
         run_(run),
         k_row_(padded_row(call.problem.head_dim)),
         v_row_(padded_row(call.problem.head_dim_v)),
-        q_(scratch + layout.q),
-        dout_(scratch + layout.dout),
         k_(scratch + layout.k),
         v_(scratch + layout.v),
         dk_(scratch + layout.dk),
@@ -44,10 +42,15 @@ class FloatGradientProducts {
         p_(scratch + layout.probabilities),
         ds_(scratch + layout.score_gradients) {}
 
-  // Q^T, times scale * log2(e), and dO^T.
+  // Rows of Q and dO; Q^T, times scale * log2(e), and dO^T.
   HWY_INLINE void pack(const BackwardPanel& panel) const {
-    run_.load_transposed(call_.args.q, panel, call_.scale_log2, p_, panel.q);
-    run_.load_transposed(call_.args.dout, panel, 1.0f, p_, panel.dout);
+    const auto pack_rows = [&](const core::TensorView& from, int64_t row, float factor, float* rows,
+                               float* transposed) HWY_ATTR {
+      run_.load_queries(from, panel, row, rows);
+      SequenceRun::transpose_panel(panel, rows, row, from.shape[from.ndim - 1], factor, transposed);
+    };
+    pack_rows(call_.args.q, k_row_, call_.scale_log2, q_rows(panel), panel.q);
+    pack_rows(call_.args.dout, v_row_, 1.0f, dout_rows(panel), panel.dout);
   }
 
   HWY_INLINE void load_tile(const KeyTile& tile) const {
@@ -67,23 +70,20 @@ class FloatGradientProducts {
                   run_.keys_of(panel, tile), ds_);
   }
 
-  HWY_INLINE void start_tile(const KeyTile&) const {
-    std::fill_n(dk_, call_.tile_keys * k_row_, 0.0f);
-    std::fill_n(dv_, call_.tile_keys * v_row_, 0.0f);
+  HWY_INLINE void start_tile(const KeyTile& tile) const {
+    const int64_t keys = tile.keys.end - tile.first_key;
+    std::fill_n(dk_, keys * k_row_, 0.0f);
+    std::fill_n(dv_, keys * v_row_, 0.0f);
   }
 
-  // dV += P^T dO, dK += dS^T Q, dQ += dS K.
-  HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile) const {
-    for (int64_t i = 0; i < panel.num_lanes; ++i) {
-      run_.load_query(call_.args.q, panel, i, q_ + i * k_row_);
-      run_.load_query(call_.args.dout, panel, i, dout_ + i * v_row_);
-    }
+  // dV += P^T dO, dK += dS^T Q, dQ += dS K; = where `first` of dQ.
+  HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, bool first) const {
     const auto queries_of = run_.queries_of(panel, tile);
     const int64_t k_vectors = (call_.problem.head_dim + kLanes - 1) / kLanes;
     const int64_t v_vectors = (call_.problem.head_dim_v + kLanes - 1) / kLanes;
-    key_product(p_, dout_, v_row_, v_vectors, tile.begin, tile.end, queries_of, dv_);
-    key_product(ds_, q_, k_row_, k_vectors, tile.begin, tile.end, queries_of, dk_);
-    value_product(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile), true,
+    key_product(p_, dout_rows(panel), v_row_, v_vectors, tile.begin, tile.end, queries_of, dv_);
+    key_product(ds_, q_rows(panel), k_row_, k_vectors, tile.begin, tile.end, queries_of, dk_);
+    value_product(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile), !first,
                   panel.dq, round_up(call_.problem.head_dim, kMaxLanes));
   }
 
@@ -99,12 +99,18 @@ class FloatGradientProducts {
   HWY_INLINE const float* rows(const BackwardPanel& panel) const { return panel.dq; }
 
  private:
+  // [kPanel][k_row], [kPanel][v_row]
+  float* q_rows(const BackwardPanel& panel) const {
+    return call_.buffers.q_right + panel.number * kPanel * k_row_;
+  }
+  float* dout_rows(const BackwardPanel& panel) const {
+    return call_.buffers.dout_right + panel.number * kPanel * v_row_;
+  }
+
   const BackwardCall& call_;
   const SequenceRun& run_;
   const int64_t k_row_;
   const int64_t v_row_;
-  float* const q_;  // Q and dO of a panel, not transposed: [kPanel][k_row], [kPanel][v_row]
-  float* const dout_;
   float* const k_;  // the tile: [tile_keys][k_row], [tile_keys][v_row]
   float* const v_;
   float* const dk_;

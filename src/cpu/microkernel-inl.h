@@ -53,7 +53,7 @@ HWY_INLINE void multiply_tile(const float* HWY_RESTRICT a, int64_t a_row, int64_
   for (int64_t i = 0; i < n; ++i) {
     Float right[kWide];
 #pragma GCC unroll 4
-    for (int w = 0; w < kWide; ++w) right[w] = hn::Load(kFloats, b + w * kLanes);
+    for (int w = 0; w < kWide; ++w) right[w] = in_register(hn::Load(kFloats, b + w * kLanes));
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
       const Float left = hn::Set(kFloats, a[r * a_row]);

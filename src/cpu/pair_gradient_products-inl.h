@@ -91,7 +91,7 @@ class PairGradientProducts {
   }
 
   // Panels come in the order of their numbers.
-  HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile) {
+  HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, bool first) {
     if (gathered_.empty() || panel.number >= gathered_.begin + kGatheredPanels) {
       flush();
       gathered_ = {panel.number, panel.number};
@@ -108,7 +108,7 @@ class PairGradientProducts {
     const ScoreTile ds = tile.in(ds_);
     pack_pairs(panel, ds);
     clear_pairs_around(panel, ds);
-    pair_key_sum(call_, panel, ds, k_transposed_, k_row_, true, panel.dq);
+    pair_key_sum(call_, panel, ds, k_transposed_, k_row_, !first, panel.dq);
   }
 
   HWY_INLINE void finish_tile() {
@@ -135,10 +135,10 @@ class PairGradientProducts {
 
   // [panels][kPanel / 2][row]: those of neighbouring panels lie end to end.
   HWY_INLINE uint32_t* q_pairs(int64_t number) const {
-    return words(call_.buffers.q_pairs) + number * kPanel / 2 * k_row_;
+    return words(call_.buffers.q_right) + number * kPanel / 2 * k_row_;
   }
   HWY_INLINE uint32_t* dout_pairs(int64_t number) const {
-    return words(call_.buffers.dout_pairs) + number * kPanel / 2 * v_row_;
+    return words(call_.buffers.dout_right) + number * kPanel / 2 * v_row_;
   }
 
   // A panel's columns.

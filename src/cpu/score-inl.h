@@ -30,6 +30,15 @@ struct QueryPanel {
   int64_t head(int64_t lane) const { return first_head + lane / queries_per_head; }
   int64_t query(int64_t lane) const { return first_query + lane % queries_per_head; }
   int64_t last_query() const { return first_query + queries_per_head - 1; }
+
+  // Calls body(lane, head, query).
+  template <class Body>
+  HWY_INLINE void for_each_lane(Body&& body) const {
+    int64_t lane = 0;
+    for (int64_t h = first_head; lane < num_lanes; ++h) {
+      for (int64_t i = 0; i < queries_per_head; ++i) body(lane++, h, first_query + i);
+    }
+  }
 };
 
 // Per lane of vector v: the head, counted from the panel's first.
@@ -157,6 +166,7 @@ HWY_INLINE void apply_band(const QueryPanel& panel, const ScoreTile& tile, int64
                            int64_t seqlen_k, semantics::MaskBand band) {
   for (int64_t row = tile.begin; row < tile.end; ++row) {
     const auto queries = semantics::visible_queries(tile.first_key + row, seqlen_q, seqlen_k, band);
+    if (queries.begin <= panel.first_query && queries.end > panel.last_query()) continue;
     const auto first = hn::Set(kInts, static_cast<int32_t>(queries.begin));
     const auto last = hn::Set(kInts, static_cast<int32_t>(queries.end - 1));
     for (int64_t v = 0; v < panel.vectors(); ++v) {

@@ -131,14 +131,43 @@ class SequenceRun {
           to);
   }
 
+  // to = all rows of a panel, widened: [num_lanes][row_size].
+  HWY_INLINE void load_queries(const core::TensorView& from, const QueryPanel& panel,
+                               int64_t row_size, float* HWY_RESTRICT to) const {
+    const int64_t n = from.shape[from.ndim - 1];
+    const core::Rows rows = core::query_rows(from, sequence_);
+    dispatch_dtype(from.dtype, [&](auto dtype) HWY_ATTR {
+      panel.for_each_lane([&](int64_t lane, int64_t head, int64_t query) HWY_ATTR {
+        widen_row<dtype()>(row_at<dtype()>(from, rows, head, query), n, to + lane * row_size);
+      });
+    });
+  }
+
   // Rounds a panel's rows, times factor, to dq.
   HWY_INLINE void store_queries(const core::TensorView& to, const QueryPanel& panel,
                                 const float* HWY_RESTRICT from, int64_t row_size,
                                 float factor) const {
-    for (int64_t lane = 0; lane < panel.num_lanes; ++lane) {
-      narrow(from + lane * row_size, factor, to,
-             query_offset(to, panel.head(lane), panel.query(lane)));
-    }
+    const int64_t n = to.shape[to.ndim - 1];
+    const core::Rows rows = core::query_rows(to, sequence_);
+    dispatch_dtype(to.dtype, [&](auto dtype) HWY_ATTR {
+      panel.for_each_lane([&](int64_t lane, int64_t head, int64_t query) HWY_ATTR {
+        narrow_row<dtype()>(from + lane * row_size, hn::Set(kFloats, factor), n,
+                            row_at<dtype()>(to, rows, head, query));
+      });
+    });
+  }
+
+  // to[lane] = the inner product of the lane's rows of out and dout.
+  HWY_INLINE void multiply_queries(const QueryPanel& panel, float* HWY_RESTRICT to) const {
+    const int64_t n = problem_.head_dim_v;
+    const core::Rows out = core::query_rows(args_.out, sequence_);
+    const core::Rows dout = core::query_rows(args_.dout, sequence_);
+    dispatch_dtype(args_.out.dtype, [&](auto dtype) HWY_ATTR {
+      panel.for_each_lane([&](int64_t lane, int64_t head, int64_t query) HWY_ATTR {
+        to[lane] = inner_product<dtype()>(row_at<dtype()>(args_.out, out, head, query),
+                                          row_at<dtype()>(args_.dout, dout, head, query), n);
+      });
+    });
   }
 
   // to = (rows of the panel * factor)^T: [kPanel / kStripLanes][n][kStripLanes]; lanes that only
@@ -148,8 +177,7 @@ class SequenceRun {
                                   float* HWY_RESTRICT to) const {
     const int64_t n = from.shape[from.ndim - 1];
     const int64_t row = round_up(n, kMaxLanes);
-    for (int64_t lane = 0; lane < round_up(panel.num_lanes, std::max<int64_t>(kLanes, 4));
-         lane += 4) {
+    for (int64_t lane = 0; lane < filled_lanes(panel); lane += 4) {
       for (int64_t i = 0; i < 4; ++i) {
         if (lane + i < panel.num_lanes) {
           load_query(from, panel, lane + i, buffer + i * row);
@@ -157,17 +185,18 @@ class SequenceRun {
           std::fill_n(buffer + i * row, n, 0.0f);
         }
       }
-      const auto strip_of = [&](int64_t at) HWY_ATTR {
-        return to + at / kStripLanes * kStripLanes * n + at % kStripLanes;
-      };
-      if constexpr (kStripLanes % 4 == 0) {
-        transpose_4_rows(buffer, row, n, factor, strip_of(lane), kStripLanes);
-      } else {
-        for (int64_t i = 0; i < 4; ++i) {
-          float* HWY_RESTRICT column = strip_of(lane + i);
-          for (int64_t d = 0; d < n; ++d) column[d * kStripLanes] = buffer[i * row + d] * factor;
-        }
-      }
+      transpose_lanes(buffer, row, n, factor, lane, to);
+    }
+  }
+
+  // The same from a panel's rows of `row` floats, which get filled up with zeros.
+  HWY_INLINE static void transpose_panel(const QueryPanel& panel, float* HWY_RESTRICT rows,
+                                         int64_t row, int64_t n, float factor,
+                                         float* HWY_RESTRICT to) {
+    const int64_t lanes = filled_lanes(panel);
+    std::fill_n(rows + panel.num_lanes * row, (lanes - panel.num_lanes) * row, 0.0f);
+    for (int64_t lane = 0; lane < lanes; lane += 4) {
+      transpose_lanes(rows + lane * row, row, n, factor, lane, to);
     }
   }
 
@@ -227,6 +256,21 @@ class SequenceRun {
     };
   }
 
+  // The vectors of lanes that products of a tile read at a row: those of queries that see one of
+  // the keys around it, register tile by register tile. For panels of one head.
+  HWY_INLINE auto vectors_of(const QueryPanel& panel, const ScoreTile& tile) const {
+    const bool clips = crosses_band(panel, tile);
+    return [this, &panel, &tile, clips, queries = queries_of(panel, tile)](int64_t row) HWY_ATTR {
+      if (!clips) return semantics::Range{0, panel.vectors()};
+      const semantics::Range lanes = queries(std::max<int64_t>(row - kValueRows + 1, tile.begin),
+                                             std::min<int64_t>(row + kValueRows, tile.end));
+      if (lanes.empty()) return semantics::Range{0, 0};
+      return semantics::Range{
+          lanes.begin / kValueRows * kValueRows / kLanes,
+          (std::min(round_up(lanes.end, kValueRows), panel.num_lanes) + kLanes - 1) / kLanes};
+    };
+  }
+
   HWY_INLINE float* lse_at(int64_t head, int64_t query) const {
     const core::TensorView& lse = args_.lse;
     if (problem_.layout == core::Layout::kVarlen) {
@@ -281,6 +325,34 @@ class SequenceRun {
   }
 
  private:
+  template <core::DataType kType>
+  HWY_INLINE static char* row_at(const core::TensorView& view, const core::Rows& rows, int64_t head,
+                                 int64_t query) {
+    return view.as<char>() + (rows.offset + query * rows.row_stride + head * rows.head_stride) *
+                                 core::byte_size(kType);
+  }
+
+  // Lanes that products read.
+  static int64_t filled_lanes(const QueryPanel& panel) {
+    return round_up(panel.num_lanes, std::max<int64_t>(kLanes, 4));
+  }
+
+  // Four rows to the columns from `lane` on of a panel's strips.
+  HWY_INLINE static void transpose_lanes(const float* HWY_RESTRICT rows, int64_t row, int64_t n,
+                                         float factor, int64_t lane, float* HWY_RESTRICT to) {
+    const auto strip_of = [&](int64_t at) HWY_ATTR {
+      return to + at / kStripLanes * kStripLanes * n + at % kStripLanes;
+    };
+    if constexpr (kStripLanes % 4 == 0) {
+      transpose_4_rows(rows, row, n, factor, strip_of(lane), kStripLanes);
+    } else {
+      for (int64_t i = 0; i < 4; ++i) {
+        float* HWY_RESTRICT column = strip_of(lane + i);
+        for (int64_t d = 0; d < n; ++d) column[d * kStripLanes] = rows[i * row + d] * factor;
+      }
+    }
+  }
+
   HWY_INLINE Bias bias() const {
     const core::TensorView& view = args_.attn_bias;
     return {&view,

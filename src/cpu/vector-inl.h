@@ -33,6 +33,15 @@ inline constexpr int64_t kLanes = HWY_MIN(16, HWY_LANES(float));
 
 inline constexpr float kMinusInfinity = -__builtin_inff();
 
+// A loaded vector that stays in its register: GCC would load it anew for each product that uses it,
+// and Zen 4 loads no more than one 512-bit vector per cycle (92 against 115 GFLOP/s).
+HWY_INLINE Float in_register(Float x) {
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_SSE4
+  asm("" : "+v"(x.raw));
+#endif
+  return x;
+}
+
 // max(low, x), NaN where x is: Highway's Max leaves that to the instruction set, and only x86's
 // takes the second operand.
 HWY_INLINE Float at_least(float low, Float x) {
@@ -198,6 +207,24 @@ HWY_INLINE void widen_row(const void* from, int64_t n, float* HWY_RESTRICT to) {
     std::memcpy(rest, static_cast<const char*>(from) + i * kBytes, (n - i) * kBytes);
     hn::Store(load_widened<kType>(rest, 0), kFloats, to + i);
   }
+}
+
+// sum of a[i] * b[i] over n.
+template <core::DataType kType>
+HWY_INLINE float inner_product(const char* a, const char* b, int64_t n) {
+  constexpr int64_t kBytes = core::byte_size(kType);
+  Float sum = hn::Zero(kFloats);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    sum = hn::MulAdd(load_widened<kType>(a, i), load_widened<kType>(b, i), sum);
+  }
+  if (i < n) {
+    alignas(64) float rest_a[kMaxLanes], rest_b[kMaxLanes];
+    widen_row<kType>(a + i * kBytes, n - i, rest_a);
+    widen_row<kType>(b + i * kBytes, n - i, rest_b);
+    sum = hn::MulAdd(hn::Load(kFloats, rest_a), hn::Load(kFloats, rest_b), sum);
+  }
+  return hn::GetLane(hn::SumOfLanes(kFloats, sum));
 }
 
 // to[0 .. n) = from[0 .. n) * factor, rounded to the type.
