@@ -34,8 +34,10 @@ class BackwardTaskRun {
         batch_(batch),
         k_row_(round_up(problem_.head_dim, kMaxLanes)),
         v_row_(round_up(problem_.head_dim_v, kMaxLanes)),
-        layout_(BackwardScratch::layout(problem_, call.tile_keys, Products::kPairs)),
-        products_(call, run_, layout_, scratch),
+        layout_(
+            BackwardScratch::layout(problem_, call.tile_keys, Products::kPairs, call.own_lanes)),
+        buffers_(call.own_lanes > 0 ? layout_.panels.at(scratch) : call.buffers),
+        products_(call, run_, buffers_, layout_, scratch),
         scales_late_(run_.may_scale_late()),
         p_(scratch + layout_.probabilities),
         ds_(scratch + layout_.score_gradients),
@@ -133,15 +135,14 @@ class BackwardTaskRun {
   HWY_INLINE void load_tile(const KeyTile& tile) const { products_.load_tile(tile); }
 
   HWY_INLINE BackwardPanel panel(int64_t index, int64_t chunk = 0) const {
-    const int64_t number = first_panel_ + index;
-    const BackwardBuffers& buffers = call_.buffers;
+    const int64_t number = call_.own_lanes > 0 ? index : first_panel_ + index;
     return {run_.panel(index),
             number,
-            buffers.q + number * kPanel * Products::packed_size(problem_.head_dim),
-            buffers.dout + number * kPanel * Products::packed_size(problem_.head_dim_v),
-            buffers.lse + number * kPanel,
-            buffers.delta + number * kPanel,
-            buffers.dq + (number * call_.num_chunks + chunk) * kPanel * k_row_};
+            buffers_.q + number * kPanel * Products::packed_size(problem_.head_dim),
+            buffers_.dout + number * kPanel * Products::packed_size(problem_.head_dim_v),
+            call_.lse + (first_panel_ + index) * kPanel,
+            call_.delta + (first_panel_ + index) * kPanel,
+            buffers_.dq + (number * call_.num_chunks + chunk) * kPanel * k_row_};
   }
 
   const SequenceRun& run() const { return run_; }
@@ -204,6 +205,7 @@ class BackwardTaskRun {
   const int64_t k_row_;
   const int64_t v_row_;
   const BackwardScratch layout_;
+  const BackwardBuffers buffers_;
   Products products_;
   const bool scales_late_;    // P applies the scale that the products left out
   float* const p_;            // [tile_keys][kPanel]

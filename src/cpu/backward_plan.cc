@@ -17,12 +17,32 @@ using core::Status;
 // depend on the threads. Each chunk of a key head has a dQ of its own, which bounds their number.
 constexpr int64_t kWantedTasks = 32;
 constexpr int64_t kMaxChunks = 8;
+// Chunks cost their copies of dQ and two more phases, 3 to 5% where a chunk has this much to do.
+constexpr double kMinFlopsPerChunk = 2.5e8;
+
+// Five products, for each query and key of a head.
+double flops_per_pair(const AttentionProblem& problem) {
+  return 2.0 * static_cast<double>(3 * problem.head_dim + 2 * problem.head_dim_v);
+}
 
 int64_t num_chunks(const AttentionProblem& problem) {
   const int64_t sequences = std::max<int64_t>(problem.batch * problem.num_heads_kv, 1);
   const int64_t tiles = (problem.seqlen_k + kLongTileKeys - 1) / kLongTileKeys;
-  const int64_t wanted = std::min((kWantedTasks + sequences - 1) / sequences, kMaxChunks);
+  const double flops = flops_per_pair(problem) * static_cast<double>(problem.seqlen_q) *
+                       static_cast<double>(problem.seqlen_k) *
+                       static_cast<double>(problem.num_heads / problem.num_heads_kv);
+  const auto worth = static_cast<int64_t>(std::min(flops / kMinFlopsPerChunk, 1e6));
+  const int64_t wanted = std::min({(kWantedTasks + sequences - 1) / sequences, kMaxChunks, worth});
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles, 1));
+}
+
+// The lanes of the panels of a key head, where one task has the head to itself. The gradient of a
+// bias goes through all panels again, and wants them kept.
+int64_t own_lanes(const AttentionProblem& problem, int64_t num_chunks, int64_t panel) {
+  if (num_chunks > 1 || problem.wants_d_attn_bias) return 0;
+  const int64_t queries = std::min(problem.seqlen_q, problem.total_q);
+  return std::max<int64_t>(round_up(queries, panel), panel) * problem.num_heads /
+         problem.num_heads_kv;
 }
 
 // Rows [begin, end) of dq, dk or dv belong to no query or key in use.
@@ -60,23 +80,16 @@ class BackwardPlan final : public core::Plan {
       : problem_(problem),
         set_(set),
         num_chunks_(num_chunks(problem)),
+        own_lanes_(own_lanes(problem, num_chunks_, set.panel)),
         scratch_floats_(
-            BackwardScratch::layout(problem, kLongTileKeys, set.pairs != nullptr).total) {
+            BackwardScratch::layout(problem, kLongTileKeys, set.pairs != nullptr, own_lanes_)
+                .total) {
     Booking book;
-    const int64_t panels = max_panels(problem, set.panel, false) * set.panel;
-    // Packed pairs take no more than floats do, but for what fills up a row.
-    q_ = book.take(panels * round_up(problem.head_dim, kMaxLanes));
-    dout_ = book.take(panels * round_up(problem.head_dim_v, kMaxLanes));
-    lse_ = book.take(panels);
-    delta_ = book.take(panels);
-    dq_ = book.take(panels * num_chunks_ * round_up(problem.head_dim, kMaxLanes));
-    if (set.pairs != nullptr) {
-      q_right_ = book.take(panels / 2 * round_up(problem.head_dim, kMaxLanes));
-      dout_right_ = book.take(panels / 2 * round_up(problem.head_dim_v, kMaxLanes));
-    } else {
-      q_right_ = book.take(panels * padded_row(problem.head_dim));
-      dout_right_ = book.take(panels * padded_row(problem.head_dim_v));
-    }
+    const int64_t lanes = max_panels(problem, set.panel, false) * set.panel;
+    lse_ = book.take(lanes);
+    delta_ = book.take(lanes);
+    buffers_ = BackwardBuffersLayout::book(book, problem, own_lanes_ > 0 ? 0 : lanes, num_chunks_,
+                                           set.pairs != nullptr);
     shared_floats_ = book.total();
   }
 
@@ -88,9 +101,11 @@ class BackwardPlan final : public core::Plan {
              const core::Stream& stream) const override {
     float* shared = static_cast<float*>(workspace);
     const BackwardCall call{make_call(args, problem_, set_, kLongTileKeys, false),
-                            {shared + q_, shared + dout_, shared + lse_, shared + delta_,
-                             shared + dq_, shared + q_right_, shared + dout_right_},
-                            num_chunks_};
+                            buffers_.at(shared),
+                            shared + lse_,
+                            shared + delta_,
+                            num_chunks_,
+                            own_lanes_};
     const auto run_all = [&](const std::vector<BackwardTask>& tasks,
                              std::initializer_list<BackwardKernel> kernels) {
       double flops = 0;
@@ -103,7 +118,7 @@ class BackwardPlan final : public core::Plan {
     };
     clear_unused_rows(args, problem_);
     const BackwardKernels& kernels = set_.backward;
-    if (num_chunks_ == 1) {  // nothing is shared between tasks
+    if (own_lanes_ > 0) {
       run_all(chunk_tasks(call), {kernels.prepare, kernels.differentiate, kernels.finish});
     } else {
       const std::vector<BackwardTask> panels = panel_tasks(call);
@@ -145,8 +160,7 @@ class BackwardPlan final : public core::Plan {
         const int64_t begin = chunk * tiles / num_chunks_ * kLongTileKeys;
         const int64_t end =
             std::min((chunk + 1) * tiles / num_chunks_ * kLongTileKeys, sequence.seqlen_k);
-        const double cost = pairs(sequence, begin, end) * 2.0 *
-                            static_cast<double>(3 * problem_.head_dim + 2 * problem_.head_dim_v);
+        const double cost = pairs(sequence, begin, end) * flops_per_pair(problem_);
         for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
           tasks.push_back({b, h, chunk, panels, cost * static_cast<double>(call.group)});
         }
@@ -201,8 +215,8 @@ class BackwardPlan final : public core::Plan {
         for (int64_t i = 0; i < sequence.seqlen_q; ++i) {
           const int64_t panel = first + i / set_.panel * call.group + head % call.group;
           const int64_t at = panel * set_.panel + i % set_.panel;
-          const double lse = call.buffers.lse[at] * semantics::kLn2;
-          sum -= std::exp(sink - lse) * call.buffers.delta[at];
+          const double lse = call.lse[at] * semantics::kLn2;
+          sum -= std::exp(sink - lse) * call.delta[at];
         }
       }
       core::store_element(args.d_learnable_sink, head * args.d_learnable_sink.strides[0],
@@ -213,9 +227,10 @@ class BackwardPlan final : public core::Plan {
   const AttentionProblem problem_;
   const InstructionSet set_;
   const int64_t num_chunks_;
+  const int64_t own_lanes_;  // of a task's panels, where a task goes through all phases
   const int64_t scratch_floats_;
-  // BackwardBuffers, from the start of the workspace.
-  int64_t q_, dout_, lse_, delta_, dq_, q_right_, dout_right_;
+  BackwardBuffersLayout buffers_;  // from the start of the workspace, as lse_ and delta_
+  int64_t lse_, delta_;
   int64_t shared_floats_;
 };
 
@@ -225,8 +240,18 @@ core::PlanPtr make_backward_plan(const AttentionProblem& problem, const Instruct
   return std::make_shared<BackwardPlan>(problem, set);
 }
 
+BackwardBuffersLayout BackwardBuffersLayout::book(Booking& book, const AttentionProblem& problem,
+                                                  int64_t lanes, int64_t num_chunks, bool pairs) {
+  // Packed pairs take no more than floats do, but for what fills up a row.
+  const int64_t k_row = round_up(problem.head_dim, kMaxLanes);
+  const int64_t v_row = round_up(problem.head_dim_v, kMaxLanes);
+  return {book.take(lanes * k_row), book.take(lanes * v_row), book.take(lanes * num_chunks * k_row),
+          book.take(pairs ? lanes / 2 * k_row : lanes * padded_row(problem.head_dim)),
+          book.take(pairs ? lanes / 2 * v_row : lanes * padded_row(problem.head_dim_v))};
+}
+
 BackwardScratch BackwardScratch::layout(const AttentionProblem& problem, int64_t tile_keys,
-                                        bool pairs) {
+                                        bool pairs, int64_t own_lanes) {
   BackwardScratch layout{};
   Booking book;
   const int64_t k_row = padded_row(problem.head_dim);
@@ -246,6 +271,7 @@ BackwardScratch BackwardScratch::layout(const AttentionProblem& problem, int64_t
     layout.gathered_ds = book.take(tile_keys * kGatheredPanels * kMaxPanel / 2);
     layout.rows = book.take(std::max(kMaxPanel * k_row, v_row));
   }
+  layout.panels = BackwardBuffersLayout::book(book, problem, own_lanes, 1, pairs);
   layout.total = book.total();
   return layout;
 }

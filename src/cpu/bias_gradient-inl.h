@@ -22,7 +22,7 @@ class BiasGradientRun {
   BiasGradientRun(const BackwardCall& call, const BackwardTask& task, float* scratch)
       : call_(call), to_(call.args.d_attn_bias), task_(task), scratch_(scratch) {
     const BackwardScratch layout =
-        BackwardScratch::layout(call.problem, call.tile_keys, Products::kPairs);
+        BackwardScratch::layout(call.problem, call.tile_keys, Products::kPairs, call.own_lanes);
     sums_ = scratch + layout.bias_sums;
     key_sums_ = sums_ + call.tile_keys * kPanel;
     query_sums_ = key_sums_ + call.tile_keys;

@@ -37,6 +37,20 @@ constexpr int64_t padded_row(int64_t n) {
   return row % 128 == 0 ? row + kMaxLanes : row;
 }
 
+// Books parts of a workspace, in floats, each from a cache line on.
+class Booking {
+ public:
+  int64_t take(int64_t floats) {
+    const int64_t at = total_;
+    total_ += round_up(floats, kMaxLanes);
+    return at;
+  }
+  int64_t total() const { return total_; }
+
+ private:
+  int64_t total_ = 0;
+};
+
 struct AttentionCall {
   const core::AttentionArgs& args;
   const core::AttentionProblem& problem;
@@ -118,17 +132,26 @@ struct ForwardKernels {
   ForwardKernel update_cache;  // before all else, where there is something to append
 };
 
-// What the tasks of a backward share, in the workspace. Panels are counted over the whole call.
+// What the phases of a backward leave of consecutive panels.
 struct BackwardBuffers {
-  float* q;      // Q of each panel, packed as the products want it
-  float* dout;   // dO of each panel, likewise
-  float* lse;    // in base 2; +inf where the query sees no key: [panels][panel]
-  float* delta;  // sum_d dO O: [panels][panel]
-  float* dq;     // not yet times scale: [panels][chunks][panel][D rounded up]
+  float* q;     // Q of each panel, packed as the products want it
+  float* dout;  // dO of each panel, likewise
+  float* dq;    // not yet times scale: [panels][chunks][panel][D rounded up]
   // Q and dO as the right factors of dK += dS^T Q and dV += P^T dO: rows that are padded, [panels]
   // [panel][padded_row(D)], or pairs of queries, [panels][panel / 2][D rounded up].
   float* q_right;
   float* dout_right;
+};
+
+// Where they lie, in floats.
+struct BackwardBuffersLayout {
+  int64_t q, dout, dq, q_right, dout_right;
+  // lanes: of all panels, those that only fill up a panel included.
+  static BackwardBuffersLayout book(Booking& book, const core::AttentionProblem& problem,
+                                    int64_t lanes, int64_t num_chunks, bool pairs);
+  BackwardBuffers at(float* base) const {
+    return {base + q, base + dout, base + dq, base + q_right, base + dout_right};
+  }
 };
 
 // One (batch, key head) and a part of its work.
@@ -141,16 +164,22 @@ struct BackwardTask {
 };
 
 struct BackwardCall : AttentionCall {
-  BackwardBuffers buffers;
+  BackwardBuffers buffers;  // of all panels of the call, unless own_lanes
+  float* lse;    // in base 2; +inf where the query sees no key: [panels][panel], of the whole call
+  float* delta;  // sum_d dO O: likewise
   int64_t num_chunks;  // of the keys of each (batch, key head), each with a dQ of its own
+  // Where a task goes through all phases, it keeps the panels of its (batch, key head), of at most
+  // this many lanes, in its scratch. Else 0.
+  int64_t own_lanes;
 };
 
 // Where the scratch of one worker lies, in floats.
 struct BackwardScratch {
   int64_t k, v, dk, dv, probabilities, score_gradients, softcap_derivatives, bias_sums,
       k_transposed, gathered_p, gathered_ds, rows, total;
+  BackwardBuffersLayout panels;
   static BackwardScratch layout(const core::AttentionProblem& problem, int64_t tile_keys,
-                                bool pairs);
+                                bool pairs, int64_t own_lanes);
 };
 
 using BackwardKernel = void (*)(const BackwardCall& call, const BackwardTask& task, float* scratch);

@@ -15,7 +15,7 @@ namespace HWY_NAMESPACE {
 
 // A panel and what phase `prepare` left of it.
 struct BackwardPanel : QueryPanel {
-  int64_t number;  // among the panels of the call
+  int64_t number;  // among the panels of the buffers
   float* q;        // Q and dO, packed as S and dP want them
   float* dout;
   float* lse;
@@ -30,9 +30,11 @@ class FloatGradientProducts {
   static int64_t packed_size(int64_t head_dim) { return head_dim; }
 
   FloatGradientProducts(const BackwardCall& call, const SequenceRun& run,
-                        const BackwardScratch& layout, float* scratch)
+                        const BackwardBuffers& buffers, const BackwardScratch& layout,
+                        float* scratch)
       : call_(call),
         run_(run),
+        buffers_(buffers),
         k_row_(padded_row(call.problem.head_dim)),
         v_row_(padded_row(call.problem.head_dim_v)),
         k_(scratch + layout.k),
@@ -101,14 +103,15 @@ class FloatGradientProducts {
  private:
   // [kPanel][k_row], [kPanel][v_row]
   float* q_rows(const BackwardPanel& panel) const {
-    return call_.buffers.q_right + panel.number * kPanel * k_row_;
+    return buffers_.q_right + panel.number * kPanel * k_row_;
   }
   float* dout_rows(const BackwardPanel& panel) const {
-    return call_.buffers.dout_right + panel.number * kPanel * v_row_;
+    return buffers_.dout_right + panel.number * kPanel * v_row_;
   }
 
   const BackwardCall& call_;
   const SequenceRun& run_;
+  const BackwardBuffers& buffers_;
   const int64_t k_row_;
   const int64_t v_row_;
   float* const k_;  // the tile: [tile_keys][k_row], [tile_keys][v_row]

@@ -9,6 +9,8 @@
 #define FA_CPU_MICROKERNEL_INL_H_
 #endif
 
+#include <algorithm>
+
 #include "cpu/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -92,14 +94,32 @@ template <class KeysOf>
 HWY_INLINE void score_product(const float* HWY_RESTRICT q, int64_t query_vectors,
                               const float* HWY_RESTRICT k, int64_t k_row, int64_t depth,
                               KeysOf&& keys_of, float* HWY_RESTRICT scores) {
-  for_each_strip<kScoreVectors>(query_vectors, [&](int64_t v, auto width) HWY_ATTR {
-    const semantics::Range keys = keys_of(v * kLanes, (v + width()) * kLanes);
-    for (int64_t key = keys.begin / kScoreRows * kScoreRows; key < keys.end; key += kScoreRows) {
-      multiply_tile<kScoreRows, width(), false>(k + key * k_row, k_row, 1, q + v * kLanes * depth,
-                                                kStripLanes, depth,
-                                                scores + key * kPanel + v * kLanes, kPanel);
+  static_assert(kScoreVectors == 2);
+  const auto multiply = [&](int64_t key, int64_t v, auto width) HWY_ATTR {
+    multiply_tile<kScoreRows, width(), false>(
+        k + key * k_row, k_row, 1, q + v / 2 * kStripLanes * depth + v % 2 * kLanes, kStripLanes,
+        depth, scores + key * kPanel + v * kLanes, kPanel);
+  };
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  for (int64_t v = 0; v < query_vectors; v += 2) {
+    const semantics::Range left = keys_of(v * kLanes, (v + 1) * kLanes);
+    const semantics::Range right = v + 1 < query_vectors
+                                       ? keys_of((v + 1) * kLanes, (v + 2) * kLanes)
+                                       : semantics::Range{left.begin, left.begin};
+    int64_t key = std::min(left.begin, right.begin) / kScoreRows * kScoreRows;
+    const auto touches = [&](semantics::Range keys)
+                             HWY_ATTR { return key < keys.end && key + kScoreRows > keys.begin; };
+    for (; key < std::max(left.end, right.end); key += kScoreRows) {
+      if (touches(left) && touches(right)) {
+        multiply(key, v, two);
+      } else if (touches(left)) {
+        multiply(key, v, one);
+      } else if (touches(right)) {
+        multiply(key, v + 1, one);
+      }
     }
-  });
+  }
 }
 
 // O[query][dv] += sum over keys of P^T[key][query] V[key][dv]; = where o holds nothing yet.

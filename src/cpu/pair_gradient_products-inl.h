@@ -24,9 +24,11 @@ class PairGradientProducts {
   static int64_t packed_size(int64_t head_dim) { return round_up(head_dim, kPairDepth) / 2; }
 
   PairGradientProducts(const BackwardCall& call, const SequenceRun& run,
-                       const BackwardScratch& layout, float* scratch)
+                       const BackwardBuffers& buffers, const BackwardScratch& layout,
+                       float* scratch)
       : call_(call),
         run_(run),
+        buffers_(buffers),
         k_depth_(round_up(call.problem.head_dim, kPairDepth)),
         v_depth_(round_up(call.problem.head_dim_v, kPairDepth)),
         k_row_(round_up(call.problem.head_dim, kMaxLanes)),
@@ -135,10 +137,10 @@ class PairGradientProducts {
 
   // [panels][kPanel / 2][row]: those of neighbouring panels lie end to end.
   HWY_INLINE uint32_t* q_pairs(int64_t number) const {
-    return words(call_.buffers.q_right) + number * kPanel / 2 * k_row_;
+    return words(buffers_.q_right) + number * kPanel / 2 * k_row_;
   }
   HWY_INLINE uint32_t* dout_pairs(int64_t number) const {
-    return words(call_.buffers.dout_right) + number * kPanel / 2 * v_row_;
+    return words(buffers_.dout_right) + number * kPanel / 2 * v_row_;
   }
 
   // A panel's columns.
@@ -204,6 +206,7 @@ class PairGradientProducts {
 
   const BackwardCall& call_;
   const SequenceRun& run_;
+  const BackwardBuffers& buffers_;
   const int64_t k_depth_;
   const int64_t v_depth_;
   const int64_t k_row_;

@@ -38,18 +38,4 @@ inline int useful_workers(double flops, const core::Parallel& parallel) {
       std::min(1.0 + flops / kFlopsPerWorker, static_cast<double>(parallel.num_workers())));
 }
 
-// Books parts of a workspace, in floats, each from a cache line on.
-class Booking {
- public:
-  int64_t take(int64_t floats) {
-    const int64_t at = total_;
-    total_ += round_up(floats, kMaxLanes);
-    return at;
-  }
-  int64_t total() const { return total_; }
-
- private:
-  int64_t total_ = 0;
-};
-
 }  // namespace fa::cpu

@@ -155,7 +155,7 @@ class RowProducts {
       const int64_t position =
           panel.query(lane) + run_.sequence().seqlen_k - run_.sequence().seqlen_q - keys.begin;
       for_each_vector(s, count, [&](Float x, int64_t i) HWY_ATTR {
-        const auto key = hn::Iota(kInts, static_cast<int32_t>(i));
+        const auto key = lanes_from(static_cast<int32_t>(i));
         const auto distance = hn::Abs(hn::Sub(hn::Set(kInts, static_cast<int32_t>(position)), key));
         return hn::MulAdd(hn::Set(kFloats, slope), hn::ConvertTo(kFloats, distance), x);
       });

@@ -52,7 +52,7 @@ HWY_INLINE hn::Vec<IntTag> head_of_lanes(const QueryPanel& panel, int64_t v) {
 
 // Per lane of vector v: the query within the sequence.
 HWY_INLINE hn::Vec<IntTag> query_of_lanes(const QueryPanel& panel, int64_t v) {
-  const auto lane = hn::Iota(kInts, static_cast<int32_t>(panel.first_query + v * kLanes));
+  const auto lane = lanes_from(static_cast<int32_t>(panel.first_query + v * kLanes));
   if (panel.one_head()) return lane;
   const auto before = hn::Mul(head_of_lanes(panel, v),
                               hn::Set(kInts, static_cast<int32_t>(panel.queries_per_head)));

@@ -108,9 +108,14 @@ class SequenceRun {
   // The reverse of load_rows: rounds the tile's rows, times factor, to dk or dv.
   HWY_INLINE void store_rows(const core::TensorView& to, const KeyTile& tile,
                              const float* HWY_RESTRICT from, int64_t row_size, float factor) const {
-    for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
-      store_key(from + (key - tile.first_key) * row_size, factor, to, key);
-    }
+    const int64_t n = to.shape[to.ndim - 1];
+    const core::Rows rows = core::key_rows(to, sequence_);
+    dispatch_dtype(to.dtype, [&](auto dtype) HWY_ATTR {
+      for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
+        narrow_row<dtype()>(from + (key - tile.first_key) * row_size, hn::Set(kFloats, factor), n,
+                            row_at<dtype()>(to, rows, head_kv_, key));
+      }
+    });
   }
   HWY_INLINE void store_key(const float* HWY_RESTRICT row, float factor, const core::TensorView& to,
                             int64_t key) const {

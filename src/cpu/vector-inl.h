@@ -42,6 +42,13 @@ HWY_INLINE Float in_register(Float x) {
   return x;
 }
 
+// first, first + 1, ... by lanes. Highway's Iota goes through memory, element by element.
+HWY_INLINE hn::Vec<IntTag> lanes_from(int32_t first) {
+  alignas(64) static constexpr int32_t kNumbers[kMaxLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                              8, 9, 10, 11, 12, 13, 14, 15};
+  return hn::Add(hn::Load(kInts, kNumbers), hn::Set(kInts, first));
+}
+
 // max(low, x), NaN where x is: Highway's Max leaves that to the instruction set, and only x86's
 // takes the second operand.
 HWY_INLINE Float at_least(float low, Float x) {
