@@ -86,9 +86,10 @@ struct ForwardTask {
   int64_t first_panel;
   int64_t num_panels;
   int64_t split;
-  double cost;               // query-key pairs, to start the heaviest first
+  double cost;               // query-key pairs
   bool few_queries = false;  // at most kFewQueries in a panel
   int32_t num_heads_kv = 1;  // from head_kv on; more only where queries are few
+  double order = 0.0;        // cost of the heaviest task of the head, to start with the heaviest
 };
 
 // States of the online softmax, per panel and split.

@@ -172,17 +172,28 @@ class ForwardTaskRun {
                              HWY_ATTR { products_.rescale(panel, correction); };
     if (!Products::kPairs || problem_.dropout) {
       compute_scores(panel, tile);
-      online_softmax<false>(panel, tile, 1.0f, rescale);
+      online_softmax<false>(panel, tile, 1.0f, rows_of(panel, tile, run_), rescale);
       if (problem_.dropout) apply_dropout(call_, panel, tile, task_.batch);
       if (Products::kPairs) pack_pairs(panel, tile);
     } else {
       const bool scales_late = run_.may_scale_late();
       compute_scores(panel, tile, scales_late);
-      online_softmax<true>(panel, tile, scales_late ? call_.scale_log2 : 1.0f, rescale);
+      online_softmax<true>(panel, tile, scales_late ? call_.scale_log2 : 1.0f,
+                           rows_of(panel, tile, run_), rescale);
     }
     if (Products::kPairs) clear_pairs_around(panel, tile);
     products_.values(panel, tile);
     panel.started = true;
+  }
+
+  // The rows of each column of scores whose probabilities are read: those that a register tile of
+  // O += P V sees, or all where P is multiplied whole.
+  HWY_INLINE static auto rows_of(const ForwardPanel& panel, const ScoreTile& tile,
+                                 const SequenceRun& run) {
+    return [&tile, keys_of = run.keys_of(panel, tile)](int64_t v) HWY_ATTR {
+      if (Products::kPairs) return semantics::Range{tile.begin, tile.end};
+      return keys_of(v * kLanes / kValueRows * kValueRows, round_up((v + 1) * kLanes, kValueRows));
+    };
   }
 
   // scales_late: the softmax applies the scale that the products left out.
@@ -200,13 +211,13 @@ class ForwardTaskRun {
   // out = O / sum, lse = ln(sum) + max, each lane's row.
   HWY_INLINE void store_outputs(const ForwardPanel& panel) const {
     const float keep = 1.0f / (1.0f - static_cast<float>(args_.dropout_p));
-    for (int64_t lane = 0; lane < panel.num_lanes; ++lane) {
+    panel.for_each_lane([&](int64_t lane, int64_t head, int64_t query) HWY_ATTR {
       float maximum = panel.running_max[lane];
       float sum = panel.running_sum[lane];
       float correction = 1.0f;
       const bool none = sum == 0.0f;
       if (problem_.sink) {  // one more term of the denominator, without a value
-        const float sink = sink_log2(panel.head(lane));
+        const float sink = sink_log2(head);
         const float joint = std::max({maximum, sink, std::numeric_limits<float>::lowest()});
         correction = std::exp2(maximum - joint);
         sum = sum * correction + std::exp2(sink - joint);
@@ -214,14 +225,14 @@ class ForwardTaskRun {
       }
       float* o = panel.o + lane * v_row_;
       if (none) std::fill_n(o, v_row_, 0.0f);
-      const int64_t at = run_.query_offset(args_.out, panel.head(lane), panel.query(lane));
+      const int64_t at = run_.query_offset(args_.out, head, query);
       run_.narrow(o, none ? 0.0f : keep * correction / sum, args_.out, at);
       if (problem_.wants_lse) {
         const float no_term = problem_.sink ? kMinusInfinity : -kMinusInfinity;
-        *run_.lse_at(panel.head(lane), panel.query(lane)) =
+        *run_.lse_at(head, query) =
             sum == 0.0f ? no_term : maximum * static_cast<float>(semantics::kLn2) + std::log(sum);
       }
-    }
+    });
   }
 
   // exp(s - max s), negative where dropped: a second pass, once the maxima are known. For tests.

@@ -14,7 +14,7 @@ using core::Status;
 
 // Tasks that a call should be cut into, for many threads to share; their number must not depend on
 // the threads.
-constexpr int64_t kWantedTasks = 64;
+constexpr int64_t kWantedTasks = 32;
 constexpr int64_t kWantedTasksOfSplits = 32;
 // With few queries, about as many key heads share a task; how many, their strides decide.
 constexpr int64_t kHeadsPerSplitTask = 8;
@@ -213,8 +213,32 @@ class ForwardPlan final : public core::Plan {
           task.num_heads_kv * pairs(call, task, sequence) / static_cast<double>(cut.num_splits);
       for (task.split = 0; task.split < cut.num_splits; ++task.split) tasks.push_back(task);
     });
-    sort_by_cost(tasks);
+    sort_heads(tasks);
     return tasks;
+  }
+
+  // Heaviest heads first. Those of a head stay together, so that a thread finds the keys and values
+  // of its last task in its caches.
+  static void sort_heads(std::vector<ForwardTask>& tasks) {
+    const auto same_head = [](const ForwardTask& a, const ForwardTask& b) {
+      return a.batch == b.batch && a.head_kv == b.head_kv;
+    };
+    double heaviest = 0.0;
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      if (i == 0 || !same_head(tasks[i], tasks[i - 1])) {
+        heaviest = 0.0;
+        for (size_t j = i; j < tasks.size() && same_head(tasks[i], tasks[j]); ++j) {
+          heaviest = std::max(heaviest, tasks[j].cost);
+        }
+      }
+      tasks[i].order = heaviest;
+    }
+    const auto before = [](const ForwardTask& a, const ForwardTask& b) {
+      return a.order > b.order;
+    };
+    if (!std::is_sorted(tasks.begin(), tasks.end(), before)) {
+      std::stable_sort(tasks.begin(), tasks.end(), before);
+    }
   }
 
   // Key heads whose rows lie end to end: read in the order of their addresses, each page of memory
@@ -236,15 +260,18 @@ class ForwardPlan final : public core::Plan {
     return tasks;
   }
 
-  // Calls body(task, sequence) for each run of panels.
+  // Calls body(task, sequence) for each run of panels, the last of a head first: under a causal
+  // mask it is the heaviest.
   template <class Body>
   void for_each_block(const ForwardCall& call, const Cut& cut, Body&& body) const {
     for (int32_t b = 0; b < problem_.batch; ++b) {
       const core::Sequence sequence = core::sequence(call.args, problem_, b);
       const int64_t panels = call.panels_per_head_kv(sequence);
-      for (int64_t first = 0; first < panels; first += cut.panels_per_task) {
-        const int64_t count = std::min(cut.panels_per_task, panels - first);
-        for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
+      const int64_t blocks = (panels + cut.panels_per_task - 1) / cut.panels_per_task;
+      for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
+        for (int64_t block = blocks - 1; block >= 0; --block) {
+          const int64_t first = block * cut.panels_per_task;
+          const int64_t count = std::min(cut.panels_per_task, panels - first);
           body(ForwardTask{b, h, first, count, 0, 0.0}, sequence);
         }
       }

@@ -88,9 +88,11 @@ class SequenceRun {
     const core::Rows rows = core::key_rows(from, sequence_);
     dispatch_dtype(from.dtype, [&](auto dtype) HWY_ATTR {
       for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
-        const int64_t offset = key_offset(from, rows, key);
-        widen_row<dtype()>(from.as<const char>() + offset * core::byte_size(dtype()), n,
-                           to + (key - tile.first_key) * row_size);
+        const auto row_of = [&](int64_t i) HWY_ATTR {
+          return from.as<const char>() + key_offset(from, rows, i) * core::byte_size(dtype());
+        };
+        if (key + kRowsAhead < tile.keys.end) prefetch_row<dtype()>(row_of(key + kRowsAhead), n);
+        widen_row<dtype()>(row_of(key), n, to + (key - tile.first_key) * row_size);
       }
     });
   }
@@ -112,6 +114,9 @@ class SequenceRun {
     const core::Rows rows = core::key_rows(to, sequence_);
     dispatch_dtype(to.dtype, [&](auto dtype) HWY_ATTR {
       for (int64_t key = tile.keys.begin; key < tile.keys.end; ++key) {
+        if (key + kRowsAhead < tile.keys.end) {
+          prefetch_row<dtype()>(row_at<dtype()>(to, rows, head_kv_, key + kRowsAhead), n);
+        }
         narrow_row<dtype()>(from + (key - tile.first_key) * row_size, hn::Set(kFloats, factor), n,
                             row_at<dtype()>(to, rows, head_kv_, key));
       }
@@ -143,6 +148,7 @@ class SequenceRun {
     const core::Rows rows = core::query_rows(from, sequence_);
     dispatch_dtype(from.dtype, [&](auto dtype) HWY_ATTR {
       panel.for_each_lane([&](int64_t lane, int64_t head, int64_t query) HWY_ATTR {
+        prefetch_ahead<dtype()>(from, rows, panel, head, query);
         widen_row<dtype()>(row_at<dtype()>(from, rows, head, query), n, to + lane * row_size);
       });
     });
@@ -156,6 +162,7 @@ class SequenceRun {
     const core::Rows rows = core::query_rows(to, sequence_);
     dispatch_dtype(to.dtype, [&](auto dtype) HWY_ATTR {
       panel.for_each_lane([&](int64_t lane, int64_t head, int64_t query) HWY_ATTR {
+        prefetch_ahead<dtype()>(to, rows, panel, head, query);
         narrow_row<dtype()>(from + lane * row_size, hn::Set(kFloats, factor), n,
                             row_at<dtype()>(to, rows, head, query));
       });
@@ -169,6 +176,7 @@ class SequenceRun {
     const core::Rows dout = core::query_rows(args_.dout, sequence_);
     dispatch_dtype(args_.out.dtype, [&](auto dtype) HWY_ATTR {
       panel.for_each_lane([&](int64_t lane, int64_t head, int64_t query) HWY_ATTR {
+        prefetch_ahead<dtype()>(args_.out, out, panel, head, query);
         to[lane] = inner_product<dtype()>(row_at<dtype()>(args_.out, out, head, query),
                                           row_at<dtype()>(args_.dout, dout, head, query), n);
       });
@@ -182,14 +190,18 @@ class SequenceRun {
                                   float* HWY_RESTRICT to) const {
     const int64_t n = from.shape[from.ndim - 1];
     const int64_t row = round_up(n, kMaxLanes);
-    for (int64_t lane = 0; lane < filled_lanes(panel); lane += 4) {
-      for (int64_t i = 0; i < 4; ++i) {
-        if (lane + i < panel.num_lanes) {
-          load_query(from, panel, lane + i, buffer + i * row);
-        } else {
-          std::fill_n(buffer + i * row, n, 0.0f);
-        }
-      }
+    const core::Rows rows = core::query_rows(from, sequence_);
+    dispatch_dtype(from.dtype, [&](auto dtype) HWY_ATTR {
+      panel.for_each_lane([&](int64_t lane, int64_t head, int64_t query) HWY_ATTR {
+        prefetch_ahead<dtype()>(from, rows, panel, head, query);
+        widen_row<dtype()>(row_at<dtype()>(from, rows, head, query), n, buffer + lane % 4 * row);
+        if (lane % 4 == 3) transpose_lanes(buffer, row, n, factor, lane - 3, to);
+      });
+    });
+    const int64_t whole = panel.num_lanes / 4 * 4;
+    for (int64_t lane = whole; lane < filled_lanes(panel); lane += 4) {
+      const int64_t filled = std::max<int64_t>(panel.num_lanes - lane, 0);
+      std::fill_n(buffer + filled * row, (4 - filled) * row, 0.0f);
       transpose_lanes(buffer, row, n, factor, lane, to);
     }
   }
@@ -335,6 +347,26 @@ class SequenceRun {
                                  int64_t query) {
     return view.as<char>() + (rows.offset + query * rows.row_stride + head * rows.head_stride) *
                                  core::byte_size(kType);
+  }
+
+  // Rows of a head lie far apart, which processors do not foresee.
+  static constexpr int64_t kRowsAhead = 4;
+
+  template <core::DataType kType>
+  HWY_INLINE static void prefetch_row(const char* row, int64_t n) {
+    constexpr int64_t kCacheLine = 64;
+    for (int64_t at = 0; at < n * core::byte_size(kType); at += kCacheLine) {
+      __builtin_prefetch(row + at);
+    }
+  }
+
+  // The row that is kRowsAhead of a query's, where the panel has it.
+  template <core::DataType kType>
+  HWY_INLINE static void prefetch_ahead(const core::TensorView& view, const core::Rows& rows,
+                                        const QueryPanel& panel, int64_t head, int64_t query) {
+    if (query + kRowsAhead > panel.last_query()) return;
+    prefetch_row<kType>(row_at<kType>(view, rows, head, query + kRowsAhead),
+                        view.shape[view.ndim - 1]);
   }
 
   // Lanes that products read.

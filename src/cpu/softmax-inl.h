@@ -60,10 +60,10 @@ HWY_INLINE void pack_pairs(const QueryPanel& panel, const ScoreTile& tile) {
 // Turns a column of scores into p = exp2(s * scale - subtrahend) and returns their sum. kPacks:
 // leaves them in pairs.
 template <bool kPacks>
-HWY_INLINE Float exponentials(float* HWY_RESTRICT column, const ScoreTile& tile, Float scale,
-                              Float subtrahend) {
+HWY_INLINE Float exponentials(float* HWY_RESTRICT column, const ScoreTile& tile,
+                              semantics::Range rows, Float scale, Float subtrahend) {
   Float sum0 = hn::Zero(kFloats), sum1 = hn::Zero(kFloats);
-  int64_t row = tile.begin;
+  int64_t row = rows.begin;
   if constexpr (kPacks) {
     const auto probability = [&](int64_t at) HWY_ATTR {
       return exp2(hn::MulSub(hn::Load(kFloats, column + at * tile.row_step), scale, subtrahend));
@@ -73,13 +73,13 @@ HWY_INLINE Float exponentials(float* HWY_RESTRICT column, const ScoreTile& tile,
       store_pair(hn::Zero(kFloats), sum1, column, row - 1);
       ++row;
     }
-    for (; row + 2 <= tile.end; row += 2) {
+    for (; row + 2 <= rows.end; row += 2) {
       const Float even = probability(row), odd = probability(row + 1);
       sum0 = hn::Add(sum0, even);
       sum1 = hn::Add(sum1, odd);
       store_pair(even, odd, column, row);
     }
-    if (row < tile.end) {
+    if (row < rows.end) {
       const Float even = probability(row);
       sum0 = hn::Add(sum0, even);
       store_pair(even, hn::Zero(kFloats), column, row);
@@ -90,20 +90,21 @@ HWY_INLINE Float exponentials(float* HWY_RESTRICT column, const ScoreTile& tile,
       hn::Store(p, kFloats, column + at * tile.row_step);
       return p;
     };
-    for (; row + 2 <= tile.end; row += 2) {
+    for (; row + 2 <= rows.end; row += 2) {
       sum0 = hn::Add(sum0, probability(row));
       sum1 = hn::Add(sum1, probability(row + 1));
     }
-    if (row < tile.end) sum0 = hn::Add(sum0, probability(row));
+    if (row < rows.end) sum0 = hn::Add(sum0, probability(row));
   }
   return hn::Add(sum0, sum1);
 }
 
 // Turns scores, still to be multiplied by `scale` > 0 where kPacks, into exp2(s - max), updates
-// maximum and sum, and has what was accumulated rescaled by rescale(corrections).
-template <bool kPacks, class Rescale>
+// maximum and sum, and has what was accumulated rescaled by rescale(corrections). rows_of(v) gives
+// the rows of column v that matter; the others stay as they are.
+template <bool kPacks, class RowsOf, class Rescale>
 HWY_INLINE void online_softmax(ForwardPanel& panel, const ScoreTile& tile, float scale,
-                               Rescale&& rescale) {
+                               RowsOf&& rows_of, Rescale&& rescale) {
   alignas(64) float correction[kPanel];
   bool any_rose = false;
   const Float factor_of_scores = hn::Set(kFloats, scale);
@@ -112,17 +113,18 @@ HWY_INLINE void online_softmax(ForwardPanel& panel, const ScoreTile& tile, float
     const Float none = hn::Set(kFloats, kMinusInfinity);
     const Float old_max = panel.started ? hn::Load(kFloats, panel.running_max + v * kLanes) : none;
     Float max0 = none, max1 = none;
-    int64_t row = tile.begin;
-    for (; row + 2 <= tile.end; row += 2) {
+    const semantics::Range rows = rows_of(v);
+    int64_t row = rows.begin;
+    for (; row + 2 <= rows.end; row += 2) {
       max0 = hn::Max(max0, hn::Load(kFloats, column + row * tile.row_step));
       max1 = hn::Max(max1, hn::Load(kFloats, column + (row + 1) * tile.row_step));
     }
-    if (row < tile.end) max0 = hn::Max(max0, hn::Load(kFloats, column + row * tile.row_step));
+    if (row < rows.end) max0 = hn::Max(max0, hn::Load(kFloats, column + row * tile.row_step));
     Float tile_max = hn::Max(max0, max1);
     if constexpr (kPacks) tile_max = hn::Mul(tile_max, factor_of_scores);
     const Float new_max = hn::Max(old_max, tile_max);
     const Float subtrahend = finite_maximum(new_max);
-    Float sum = exponentials<kPacks>(column, tile, factor_of_scores, subtrahend);
+    Float sum = exponentials<kPacks>(column, tile, rows, factor_of_scores, subtrahend);
 
     hn::Store(new_max, kFloats, panel.running_max + v * kLanes);
     if (panel.started) {
