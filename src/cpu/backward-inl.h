@@ -34,9 +34,9 @@ class BackwardTaskRun {
         batch_(batch),
         k_row_(round_up(problem_.head_dim, kMaxLanes)),
         v_row_(round_up(problem_.head_dim_v, kMaxLanes)),
-        layout_(
-            BackwardScratch::layout(problem_, call.tile_keys, Products::kPairs, call.own_lanes)),
-        buffers_(call.own_lanes > 0 ? layout_.panels.at(scratch) : call.buffers),
+        layout_(BackwardScratch::layout(problem_, call.tile_keys, Products::kPairs,
+                                        {call.own_lanes, call.num_chunks})),
+        buffers_(call.owns_panels() ? layout_.panels.at(scratch) : call.buffers),
         products_(call, run_, buffers_, layout_, scratch),
         scales_late_(run_.may_scale_late()),
         p_(scratch + layout_.probabilities),
@@ -84,20 +84,15 @@ class BackwardTaskRun {
       const float keep = 1.0f / (1.0f - static_cast<float>(args_.dropout_p));
       products_.store(tile, static_cast<float>(core::softmax_scale(args_)), keep);
     });
+    if (!call_.owns_panels() || chunk == 0) return;
+    for (int64_t p = 0; p < num_panels_; ++p) add_share(panel(p), panel(p, chunk).dq);
   }
 
   // dq = scale * the chunks' shares, in their order.
   HWY_INLINE void finish(int64_t index) const {
     const BackwardPanel panel = this->panel(index);
-    // Pairs leave blocks of whole vectors of queries.
-    const int64_t lanes = Products::kPairs ? panel.vectors() * kLanes : panel.num_lanes;
-    const int64_t size = lanes * k_row_;
-    for (int64_t chunk = 1; chunk < call_.num_chunks; ++chunk) {
-      const float* HWY_RESTRICT share = panel.dq + chunk * kPanel * k_row_;
-      for (int64_t i = 0; i < size; i += kLanes) {
-        hn::Store(hn::Add(hn::Load(kFloats, panel.dq + i), hn::Load(kFloats, share + i)), kFloats,
-                  panel.dq + i);
-      }
+    for (int64_t chunk = 1; chunk < call_.num_chunks && !call_.owns_panels(); ++chunk) {
+      add_share(panel, this->panel(index, chunk).dq);
     }
     run_.store_queries(args_.dq, panel, products_.rows(panel), k_row_,
                        static_cast<float>(core::softmax_scale(args_)));
@@ -135,14 +130,18 @@ class BackwardTaskRun {
   HWY_INLINE void load_tile(const KeyTile& tile) const { products_.load_tile(tile); }
 
   HWY_INLINE BackwardPanel panel(int64_t index, int64_t chunk = 0) const {
-    const int64_t number = call_.own_lanes > 0 ? index : first_panel_ + index;
+    const bool own = call_.owns_panels();
+    const int64_t number = own ? index : first_panel_ + index;
+    const int64_t slots =
+        own ? OwnPanels{call_.own_lanes, call_.num_chunks}.dq_slots() : call_.num_chunks;
+    const int64_t slot = own ? std::min<int64_t>(chunk, 1) : chunk;
     return {run_.panel(index),
             number,
             buffers_.q + number * kPanel * Products::packed_size(problem_.head_dim),
             buffers_.dout + number * kPanel * Products::packed_size(problem_.head_dim_v),
             call_.lse + (first_panel_ + index) * kPanel,
             call_.delta + (first_panel_ + index) * kPanel,
-            buffers_.dq + (number * call_.num_chunks + chunk) * kPanel * k_row_};
+            buffers_.dq + (number * slots + slot) * kPanel * k_row_};
   }
 
   const SequenceRun& run() const { return run_; }
@@ -151,6 +150,16 @@ class BackwardTaskRun {
   int64_t num_panels() const { return num_panels_; }
 
  private:
+  // Adds a chunk's share to dQ.
+  HWY_INLINE void add_share(const BackwardPanel& panel, const float* HWY_RESTRICT share) const {
+    // Pairs leave blocks of whole vectors of queries.
+    const int64_t lanes = Products::kPairs ? panel.vectors() * kLanes : panel.num_lanes;
+    for (int64_t i = 0; i < lanes * k_row_; i += kLanes) {
+      hn::Store(hn::Add(hn::Load(kFloats, panel.dq + i), hn::Load(kFloats, share + i)), kFloats,
+                panel.dq + i);
+    }
+  }
+
   // The first of `keys` that the panel sees, where it sees one.
   static int64_t first_key(const BackwardPanel& panel, semantics::Range keys) {
     return std::max(panel.keys.begin, keys.begin);

@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <initializer_list>
 
 #include "core/element.h"
 #include "cpu/plans.h"
@@ -36,14 +35,28 @@ int64_t num_chunks(const AttentionProblem& problem) {
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles, 1));
 }
 
-// The lanes of the panels of a key head, where one task has the head to itself. The gradient of a
-// bias goes through all panels again, and wants them kept.
-int64_t own_lanes(const AttentionProblem& problem, int64_t num_chunks, int64_t panel) {
-  if (num_chunks > 1 || problem.wants_d_attn_bias) return 0;
-  const int64_t queries = std::min(problem.seqlen_q, problem.total_q);
-  return std::max<int64_t>(round_up(queries, panel), panel) * problem.num_heads /
-         problem.num_heads_kv;
-}
+// How the workspace is laid out, in floats: what is shared, and then the scratch of each worker.
+struct WorkspaceLayout {
+  int64_t lse, delta, own_lanes, shared, scratch;
+  BackwardBuffersLayout buffers;
+
+  // whole_heads: a task has a key head to itself, and goes through all phases.
+  WorkspaceLayout(const AttentionProblem& problem, const InstructionSet& set, int64_t num_chunks,
+                  bool whole_heads) {
+    const int64_t group = problem.num_heads / problem.num_heads_kv;
+    const int64_t queries = std::min(problem.seqlen_q, problem.total_q);
+    const int64_t lanes = max_panels(problem, set.panel, false) * set.panel;
+    const bool pairs = set.pairs != nullptr;
+    own_lanes = whole_heads ? std::max(round_up(queries, set.panel), set.panel) * group : 0;
+    Booking book;
+    lse = book.take(lanes);
+    delta = book.take(lanes);
+    buffers =
+        BackwardBuffersLayout::book(book, problem, whole_heads ? 0 : lanes, num_chunks, pairs);
+    shared = book.total();
+    scratch = BackwardScratch::layout(problem, kLongTileKeys, pairs, {own_lanes, num_chunks}).total;
+  }
+};
 
 // Rows [begin, end) of dq, dk or dv belong to no query or key in use.
 void clear_rows(const core::TensorView& gradient, int64_t index, int64_t begin, int64_t end) {
@@ -80,58 +93,80 @@ class BackwardPlan final : public core::Plan {
       : problem_(problem),
         set_(set),
         num_chunks_(num_chunks(problem)),
-        own_lanes_(own_lanes(problem, num_chunks_, set.panel)),
-        scratch_floats_(
-            BackwardScratch::layout(problem, kLongTileKeys, set.pairs != nullptr, own_lanes_)
-                .total) {
-    Booking book;
-    const int64_t lanes = max_panels(problem, set.panel, false) * set.panel;
-    lse_ = book.take(lanes);
-    delta_ = book.take(lanes);
-    buffers_ = BackwardBuffersLayout::book(book, problem, own_lanes_ > 0 ? 0 : lanes, num_chunks_,
-                                           set.pairs != nullptr);
-    shared_floats_ = book.total();
-  }
+        whole_heads_(problem, set, num_chunks_, true),
+        phases_(problem, set, num_chunks_, false) {}
 
   int64_t workspace_bytes(int num_workers) const override {
-    return (shared_floats_ + num_workers * scratch_floats_) * static_cast<int64_t>(sizeof(float));
+    const WorkspaceLayout& layout = layout_for(num_workers);
+    return (layout.shared + num_workers * layout.scratch) * static_cast<int64_t>(sizeof(float));
   }
 
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
     float* shared = static_cast<float*>(workspace);
+    const WorkspaceLayout& layout = layout_for(stream.parallel->num_workers());
     const BackwardCall call{make_call(args, problem_, set_, kLongTileKeys, false),
-                            buffers_.at(shared),
-                            shared + lse_,
-                            shared + delta_,
+                            layout.buffers.at(shared),
+                            shared + layout.lse,
+                            shared + layout.delta,
                             num_chunks_,
-                            own_lanes_};
-    const auto run_all = [&](const std::vector<BackwardTask>& tasks,
-                             std::initializer_list<BackwardKernel> kernels) {
+                            layout.own_lanes};
+    const auto run_all = [&](const std::vector<BackwardTask>& tasks, auto&& kernel) {
       double flops = 0;
       for (const BackwardTask& task : tasks) flops += task.cost;
       core::parallel_for(*stream.parallel, static_cast<int64_t>(tasks.size()),
                          useful_workers(flops, *stream.parallel), [&](int64_t task, int worker) {
-                           float* scratch = shared + shared_floats_ + worker * scratch_floats_;
-                           for (BackwardKernel kernel : kernels) kernel(call, tasks[task], scratch);
+                           kernel(call, tasks[task],
+                                  shared + layout.shared + worker * layout.scratch);
                          });
     };
     clear_unused_rows(args, problem_);
     const BackwardKernels& kernels = set_.backward;
-    if (own_lanes_ > 0) {
-      run_all(chunk_tasks(call), {kernels.prepare, kernels.differentiate, kernels.finish});
+    if (layout.own_lanes > 0) {
+      run_all(chunk_tasks(call, true), [&](const auto& same, const auto& task, float* scratch) {
+        differentiate_head(same, task, scratch, kernels);
+      });
     } else {
       const std::vector<BackwardTask> panels = panel_tasks(call);
-      run_all(panels, {kernels.prepare});
-      run_all(chunk_tasks(call), {kernels.differentiate});
-      run_all(panels, {kernels.finish});
+      run_all(panels, kernels.prepare);
+      run_all(chunk_tasks(call, false), kernels.differentiate);
+      run_all(panels, kernels.finish);
     }
-    if (problem_.wants_d_attn_bias) run_all(bias_tasks(args), {kernels.differentiate_bias});
+    if (problem_.wants_d_attn_bias) run_all(bias_tasks(args), kernels.differentiate_bias);
     if (problem_.wants_d_learnable_sink) differentiate_sink(call);
     return {};
   }
 
  private:
+  // One task for each key head, where that keeps all workers busy: what the phases leave of its
+  // panels stays in their caches. Sums are grouped by chunks either way, so that the result is the
+  // same for any number of workers.
+  const WorkspaceLayout& layout_for(int num_workers) const {
+    // The gradient of a bias goes through all panels again.
+    if (problem_.wants_d_attn_bias) return phases_;
+    if (num_chunks_ == 1) return whole_heads_;
+    const int64_t heads = problem_.batch * problem_.num_heads_kv;
+    if (problem_.layout == core::Layout::kVarlen) {  // some take longer
+      constexpr int64_t kHeadsPerWorker = 8;
+      return heads >= kHeadsPerWorker * num_workers ? whole_heads_ : phases_;
+    }
+    constexpr double kMostIdle = 0.1;
+    const int64_t rounds = (heads + num_workers - 1) / num_workers;
+    const auto idle = static_cast<double>(rounds * num_workers - heads);
+    return idle <= kMostIdle * static_cast<double>(heads) ? whole_heads_ : phases_;
+  }
+
+  // All phases of one key head.
+  static void differentiate_head(const BackwardCall& call, const BackwardTask& task, float* scratch,
+                                 const BackwardKernels& kernels) {
+    BackwardTask part = task;
+    kernels.prepare(call, part, scratch);
+    for (part.first = 0; part.first < call.num_chunks; ++part.first) {
+      kernels.differentiate(call, part, scratch);
+    }
+    kernels.finish(call, task, scratch);
+  }
+
   std::vector<BackwardTask> panel_tasks(const BackwardCall& call) const {
     constexpr int64_t kPanelsPerTask = 8;
     // Reading and transposing a row costs about as much as this many operations per element.
@@ -150,16 +185,18 @@ class BackwardPlan final : public core::Plan {
     return tasks;
   }
 
-  std::vector<BackwardTask> chunk_tasks(const BackwardCall& call) const {
+  // Of all chunks or, where a task takes a whole head, of all heads.
+  std::vector<BackwardTask> chunk_tasks(const BackwardCall& call, bool whole_heads) const {
+    const int64_t num_chunks = whole_heads ? 1 : num_chunks_;
     std::vector<BackwardTask> tasks;
     for (int32_t b = 0; b < problem_.batch; ++b) {
       const core::Sequence sequence = core::sequence(call.args, problem_, b);
       const int64_t tiles = (sequence.seqlen_k + kLongTileKeys - 1) / kLongTileKeys;
       const int64_t panels = call.panels_per_head_kv(sequence);
-      for (int64_t chunk = 0; chunk < num_chunks_; ++chunk) {
-        const int64_t begin = chunk * tiles / num_chunks_ * kLongTileKeys;
+      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+        const int64_t begin = chunk * tiles / num_chunks * kLongTileKeys;
         const int64_t end =
-            std::min((chunk + 1) * tiles / num_chunks_ * kLongTileKeys, sequence.seqlen_k);
+            std::min((chunk + 1) * tiles / num_chunks * kLongTileKeys, sequence.seqlen_k);
         const double cost = pairs(sequence, begin, end) * flops_per_pair(problem_);
         for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
           tasks.push_back({b, h, chunk, panels, cost * static_cast<double>(call.group)});
@@ -227,11 +264,8 @@ class BackwardPlan final : public core::Plan {
   const AttentionProblem problem_;
   const InstructionSet set_;
   const int64_t num_chunks_;
-  const int64_t own_lanes_;  // of a task's panels, where a task goes through all phases
-  const int64_t scratch_floats_;
-  BackwardBuffersLayout buffers_;  // from the start of the workspace, as lse_ and delta_
-  int64_t lse_, delta_;
-  int64_t shared_floats_;
+  const WorkspaceLayout whole_heads_;
+  const WorkspaceLayout phases_;
 };
 
 }  // namespace
@@ -251,7 +285,7 @@ BackwardBuffersLayout BackwardBuffersLayout::book(Booking& book, const Attention
 }
 
 BackwardScratch BackwardScratch::layout(const AttentionProblem& problem, int64_t tile_keys,
-                                        bool pairs, int64_t own_lanes) {
+                                        bool pairs, OwnPanels own) {
   BackwardScratch layout{};
   Booking book;
   const int64_t k_row = padded_row(problem.head_dim);
@@ -271,7 +305,7 @@ BackwardScratch BackwardScratch::layout(const AttentionProblem& problem, int64_t
     layout.gathered_ds = book.take(tile_keys * kGatheredPanels * kMaxPanel / 2);
     layout.rows = book.take(std::max(kMaxPanel * k_row, v_row));
   }
-  layout.panels = BackwardBuffersLayout::book(book, problem, own_lanes, 1, pairs);
+  layout.panels = BackwardBuffersLayout::book(book, problem, own.lanes, own.dq_slots(), pairs);
   layout.total = book.total();
   return layout;
 }

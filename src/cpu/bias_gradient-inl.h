@@ -21,8 +21,8 @@ class BiasGradientRun {
  public:
   BiasGradientRun(const BackwardCall& call, const BackwardTask& task, float* scratch)
       : call_(call), to_(call.args.d_attn_bias), task_(task), scratch_(scratch) {
-    const BackwardScratch layout =
-        BackwardScratch::layout(call.problem, call.tile_keys, Products::kPairs, call.own_lanes);
+    const BackwardScratch layout = BackwardScratch::layout(
+        call.problem, call.tile_keys, Products::kPairs, {call.own_lanes, call.num_chunks});
     sums_ = scratch + layout.bias_sums;
     key_sums_ = sums_ + call.tile_keys * kPanel;
     query_sums_ = key_sums_ + call.tile_keys;

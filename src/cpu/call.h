@@ -159,7 +159,7 @@ struct BackwardBuffersLayout {
 struct BackwardTask {
   int32_t batch;
   int32_t head_kv;
-  int64_t first;  // panel, or chunk of keys, by the phase: 0 where there is one chunk
+  int64_t first;  // panel, or chunk of keys, by the phase; 0 where it is a whole head
   int64_t count;  // panels
   double cost;
 };
@@ -172,6 +172,15 @@ struct BackwardCall : AttentionCall {
   // Where a task goes through all phases, it keeps the panels of its (batch, key head), of at most
   // this many lanes, in its scratch. Else 0.
   int64_t own_lanes;
+  bool owns_panels() const { return own_lanes > 0; }
+};
+
+// Panels that a worker keeps in its scratch.
+struct OwnPanels {
+  int64_t lanes;
+  int64_t num_chunks;
+  // The sum of the chunks so far, and the chunk in work.
+  int64_t dq_slots() const { return num_chunks > 1 ? 2 : 1; }
 };
 
 // Where the scratch of one worker lies, in floats.
@@ -180,13 +189,13 @@ struct BackwardScratch {
       k_transposed, gathered_p, gathered_ds, rows, total;
   BackwardBuffersLayout panels;
   static BackwardScratch layout(const core::AttentionProblem& problem, int64_t tile_keys,
-                                bool pairs, int64_t own_lanes);
+                                bool pairs, OwnPanels own);
 };
 
 using BackwardKernel = void (*)(const BackwardCall& call, const BackwardTask& task, float* scratch);
 
-// The phases of a backward. Where keys are cut into chunks, all tasks of one are done before the
-// next starts; else each task goes through all.
+// The phases of a backward. All tasks of one are done before the next starts, unless each task goes
+// through all of them with a head of its own.
 struct BackwardKernels {
   BackwardKernel prepare;        // panels: packs q and dout, delta and lse
   BackwardKernel differentiate;  // chunk of keys: dk, dv, and the chunk's share of dq
