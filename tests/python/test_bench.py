@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from flash_attn import _native
-from flash_attn.bench import cases, cli, peers, report, timing
+from flash_attn.bench import cases, cli, experiments, peers, report, timing
 
 PAGES = sorted((ROOT / "docs").glob("*/performance.md"))
 # Small, but with all that a case can have.
@@ -142,6 +142,25 @@ def test_a_run_is_told_whole_in_json(tmp_path, capsys):
     assert "geometric mean" in printed and "| b2 h4/2 s96 d32 |" in printed
 
 
+def test_parts_of_a_table_add_up_to_it(tmp_path, monkeypatch):
+    table = cases.parse("s16 d16; s24 d16; s32 d16; s40 d16; s48 d16", "forward", "float32")
+    monkeypatch.setattr(cases, "table", lambda *_: table)
+    arguments = ["--mode", "forward", "--add"]
+    for part in ("2/3", "1/3", "3/3", "1/3"):
+        run = one_run(tmp_path, *arguments, "--part", part)
+    assert [result["case"] for result in run["results"]] == [case.name for case in table]
+    run = one_run(tmp_path, "--mode", "backward", "--part", "1/5", "--add")
+    assert [result["mode"] for result in run["results"]] == ["forward"] * 5 + ["backward"]
+    assert run["command"].count("bench") == 2 and "--part" not in run["command"]
+
+
+def test_alternation_is_measured_of_both(monkeypatch):
+    monkeypatch.setattr("flash_attn.bench.experiments.ALTERNATION", {"small": (16, 16)})
+    entry = experiments.alternation("small", repeats=10)
+    assert entry["least"] <= entry["ratio"] and entry["peer_ratio"] > 0
+    assert min(entry[k] for k in ("attention", "product", "together")) > 0
+
+
 def test_a_forced_implementation_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASH_ATTENTION_BACKEND", "")
     arguments = ["--shapes", "s64", "--mode", "forward"]
@@ -153,7 +172,7 @@ def test_a_forced_implementation_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [["--mode", "sideways"], ["--dtype", "int8"], ["--peers", "abacus"], ["--threads", "0"],
-     ["--repeat", "0"], ["--from", "there-is-none.json"]],
+     ["--repeat", "0"], ["--from", "there-is-none.json"], ["--part", "4/3"], ["--add"]],
 )  # fmt: skip
 def test_wrong_arguments_are_named(arguments, capsys):
     assert cli.main(arguments) == 2

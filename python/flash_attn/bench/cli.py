@@ -30,7 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
             for page in options.update:
                 page.write_text(report.update_page(page))
             return 0
+        if options.add and options.json is None:
+            raise ValueError("--add: needs the file that --json names")
         run = json.loads(options.read.read_text()) if options.read else measure(options, given)
+        if options.add and options.json.exists():
+            run = report.merged(json.loads(options.json.read_text()), run)
         _write(run, options)
     except (ValueError, NotImplementedError, OSError, ModuleNotFoundError) as error:
         print(f"flash-attn-plus bench: {error}", file=sys.stderr)
@@ -69,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--quick", action="store_true", help="a quarter of the table")
     add(
+        "--part",
+        metavar="K/N",
+        help="the K-th of N parts of each table, where a machine is not quiet for long; with --add",
+    )
+    add(
         "--peers",
         metavar="NAMES",
         help=f"of {', '.join(PEERS)}, with commas between (those installed, but for flex)",
@@ -83,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--backend", metavar="NAME", help="as FLASH_ATTENTION_BACKEND: cpu:avx2, ...")
     add("--json", type=Path, metavar="FILE", help="writes all that was measured")
+    add(
+        "--add",
+        action="store_true",
+        help="keeps what --json's file holds of other cases, modes and dtypes",
+    )
     add("--plot", type=Path, metavar="FILE", help="draws it: .svg, .png, .pdf (needs matplotlib)")
     add("--markdown", choices=["en", "zh"], help="prints the tables in Markdown")
     add(
@@ -156,7 +170,13 @@ def measure(options: argparse.Namespace, given: list[str]) -> report.Run:
 def _cases(mode: str, dtype: str, options: argparse.Namespace) -> list[cases.Case]:
     if options.shapes:
         return cases.parse(options.shapes, mode, dtype)
-    return cases.table(mode, dtype, options.quick)
+    table = cases.table(mode, dtype, options.quick)
+    if options.part is None:
+        return table
+    part, _, parts = options.part.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ValueError(f"--part: is {options.part!r}, must be K/N with K from 1 to N")
+    return table[int(part) - 1 :: int(parts)]
 
 
 def _measure_table(
@@ -181,7 +201,8 @@ def _measure_table(
             "parameters": dataclasses.asdict(case),
             "flops": case.flops(),
             "bytes": case.bytes(),
-            "ceiling": machine.ceiling_of(dtype, mode, ceilings),
+            "ceiling": (ceiling := machine.ceiling_of(dtype, mode, ceilings)),
+            "peak": ceilings[ceiling],
             "samples": alternate(calls, options.repeat),
             "refused": refused,
         }

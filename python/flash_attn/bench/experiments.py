@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cases import Case
-from .peers import SDPA, calls_of
+from .peers import OURS, SDPA, calls_of
 from .timing import Call, alternate
 
 # Small ones are where waking threads shows, larger ones where caches do.
@@ -30,11 +30,12 @@ def alternation(size: str, repeats: int = 1000) -> dict[str, Any]:
     """One call of ours, one matrix product of PyTorch's, `repeats` times by turns.
 
     In `ROUNDS` parts, each beside as many of either run apart. `ratio` is the median over the parts
-    of the time together by the sum of the times apart; `least` the smallest.
+    of the time together by the sum of the times apart; `least` the smallest. `peer_ratio` is that
+    of PyTorch's attention in our place: what the caches lose, whoever takes turns.
     """
     seqlen, matrix = ALTERNATION[size]
     case = Case("forward", "float32", 1, seqlen, seqlen, 8, 8, 64)
-    attention = calls_of(case, [])[0]["ours"]
+    calls = calls_of(case, [SDPA])[0]
     a, b = torch.randn(2, matrix, matrix)
     out = torch.empty(matrix, matrix)
 
@@ -42,23 +43,31 @@ def alternation(size: str, repeats: int = 1000) -> dict[str, Any]:
         return torch.mm(a, b, out=out)
 
     part = max(1, repeats // ROUNDS)
-    _seconds_of_many([attention, product], part)
-    rounds = []
-    for _ in range(ROUNDS):
-        apart = [_seconds_of_many([call], part) for call in (attention, product)]
-        together = _seconds_of_many([attention, product], part)
-        rounds.append((together / sum(apart), *apart, together))
-    ratios = [ratio for ratio, *_ in rounds]
+    rounds = {name: _rounds([calls[name], product], part) for name in (OURS, SDPA)}
+    ratios = {name: [together / sum(apart) for *apart, together in rounds[name]] for name in rounds}
+    attention, product_alone, together = (
+        statistics.median(column) / part for column in zip(*rounds[OURS])
+    )
     return {
         "size": size,
         "name": f"attention {case.name}, product {matrix} x {matrix}",
         "repeats": part * ROUNDS,
-        "attention": statistics.median(r[1] for r in rounds) / part,
-        "product": statistics.median(r[2] for r in rounds) / part,
-        "together": statistics.median(r[3] for r in rounds) / part,
-        "ratio": statistics.median(ratios),
-        "least": min(ratios),
+        "attention": attention,
+        "product": product_alone,
+        "together": together,
+        "ratio": statistics.median(ratios[OURS]),
+        "least": min(ratios[OURS]),
+        "peer_ratio": statistics.median(ratios[SDPA]),
     }
+
+
+def _rounds(calls: list[Call], part: int) -> list[tuple[float, ...]]:
+    """Seconds of `part` of each call apart, and then of them all by turns; `ROUNDS` times."""
+    _seconds_of_many(calls, part)
+    return [
+        (*(_seconds_of_many([call], part) for call in calls), _seconds_of_many(calls, part))
+        for _ in range(ROUNDS)
+    ]
 
 
 def thread_counts(most: int) -> list[int]:

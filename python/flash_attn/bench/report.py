@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from . import cases
 from .peers import OURS, OURS_FLOAT32, SDPA
 
 Run = dict[str, Any]
@@ -42,8 +43,14 @@ def unit(result: Result) -> str:
 
 
 def share(result: Result, ceilings: dict[str, float]) -> float:
-    """Of the ceiling that the machine was measured to have."""
-    return rate(result) / ceilings[result["ceiling"]]
+    """Of the ceiling that the machine was measured to have.
+
+    That of memory, which neighbours share, in the same run; that of arithmetic at its highest.
+    """
+    peak = ceilings[result["ceiling"]]
+    if result["ceiling"] == "memory_read":
+        peak = result.get("peak", peak)
+    return rate(result) / peak
 
 
 def ratios(results: list[Result], peer: str) -> tuple[int, float, float, str]:
@@ -149,7 +156,7 @@ def print_alternation(entry: dict[str, Any]) -> None:
     print(
         f"  {entry['name']}, {entry['repeats']} times: apart {duration(entry['attention'])} +"
         f" {duration(entry['product'])}, by turns {duration(entry['together'])},"
-        f" ratio {entry['ratio']:.3f}",
+        f" ratio {entry['ratio']:.3f}, of PyTorch's attention {entry['peer_ratio']:.3f}",
         flush=True,
     )
 
@@ -182,6 +189,7 @@ _TEXTS = {
         "ceilings": "Measured ceilings",
         "command": "Command",
         "alternation": "By turns with PyTorch's matrix product",
+        "peer_by_turns": "the same of PyTorch's attention",
         "scaling": "Threads",
         "threads": "threads",
         "efficiency": "efficiency",
@@ -206,6 +214,7 @@ _TEXTS = {
         "ceilings": "实测上限",
         "command": "命令",
         "alternation": "与 PyTorch 矩阵乘交替",
+        "peer_by_turns": "PyTorch 的注意力同样交替",
         "scaling": "线程",
         "threads": "线程",
         "efficiency": "效率",
@@ -214,6 +223,39 @@ _TEXTS = {
         "implementation": "实现",
     },
 }
+
+
+def merged(old: Run, new: Run) -> Run:
+    """`new`, and what `old` has of other cases, modes and dtypes.
+
+    Cases come in the order of the table, ceilings are the higher ones, commands follow one another,
+    those that differ by their part but once.
+    """
+
+    def key(result: Result) -> tuple[str, str, str]:
+        return result["mode"], result["dtype"], result["case"]
+
+    results = {key(result): result for result in (*old["results"], *new["results"])}
+    groups_ = list(dict.fromkeys(name[:2] for name in results))
+    order = {
+        (mode, dtype, case.name): i
+        for mode, dtype in groups_
+        for i, case in enumerate(cases.table(mode, dtype))
+    }
+    names = sorted(results, key=lambda n: (groups_.index(n[:2]), order.get(n, len(order))))
+    ceilings = dict(old["ceilings"])
+    for name, value in new["ceilings"].items():
+        ceilings[name] = max(value, ceilings.get(name, value))
+    commands = f"{' '.join(old['command'])} ; {' '.join(new['command'])}"
+    whole = re.sub(r" --part[ =]\S+", "", commands).split(" ; ")
+    return {
+        **new,
+        "command": " ; ".join(dict.fromkeys(whole)).split(" "),
+        "ceilings": ceilings,
+        "results": [results[name] for name in names],
+        "alternation": new["alternation"] or old["alternation"],
+        "scaling": new["scaling"] or old["scaling"],
+    }
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -282,11 +324,13 @@ def _result_table(results: list[Result], ceilings: dict[str, float], text: dict[
 
 def _alternation_table(run: Run, text: dict[str, str]) -> str:
     header = [text["case"], text["ours"], "PyTorch", text["alternation"], text["ratio"]]
+    header.append(text["peer_by_turns"])
     rows = [
         [
             e["name"],
             *(duration(e[k]) for k in ("attention", "product", "together")),
             f"{e['ratio']:.3f}",
+            f"{e['peer_ratio']:.3f}" if "peer_ratio" in e else "-",
         ]
         for e in run["alternation"]
     ]
