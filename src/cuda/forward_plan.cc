@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 
 #include "cuda/device/kernel_args.h"
 #include "cuda/heuristics.h"
@@ -55,6 +56,8 @@ void set_sequences(const AttentionArgs& args, const AttentionProblem& problem, F
     to.pages.block_table = args.block_table.as<const int>();
     to.pages.table_stride = args.block_table.strides[0];
     to.pages.page_size = static_cast<int>(problem.page_size);
+    const auto page_size = static_cast<uint64_t>(problem.page_size);
+    to.pages.page_shift = std::has_single_bit(page_size) ? std::countr_zero(page_size) : -1;
     to.pages.num_pages = static_cast<int>(args.k.shape[0]);
     to.pages.max_pages = static_cast<int>(args.block_table.shape[1]);
   }

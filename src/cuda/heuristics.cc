@@ -121,25 +121,24 @@ KernelSpec spec_90(Element element, const Tile90& tile, Score score) {
   return spec;
 }
 
-// Rows of few queries: two warps, so that several blocks of a multiprocessor keep loads in flight.
-// Where memory is waited for, the general score costs nothing.
-KernelSpec spec_packed(Element element, HeadDims dims, Loader loader,
+// Rows of few queries: two warps, and two stages of 16 KiB of keys and of values in most cases, so
+// that a multiprocessor has five blocks or six. On an H100 at head_dim 64, twice the keys and half
+// the blocks took 304 us for what six blocks of one stage took 203, and of pages at head_dim 128,
+// 480 for 378.
+KernelSpec spec_packed(Element element, HeadDims dims, Score score, Loader loader,
                        const DeviceProperties& properties) {
   KernelSpec spec;
   spec.element = element;
   spec.head_dim = dims.qk;
   spec.head_dim_v = dims.v;
   spec.tile_m = 32;
-  spec.tile_n = dims.qk <= 64 ? 128 : 64;
+  spec.tile_n = dims.qk <= 32 ? 128 : dims.qk <= 64 ? 64 : 32;
   spec.num_warps = 2;
-  spec.score = Score::kGeneral;
+  spec.score = score;
   spec.loader = loader;
   spec.packs = true;
-  // Two stages: a block alone takes 1.8 us for a step of 64 keys with one, most of it waiting.
-  // Element by element there is nothing under way that a stage could hold.
-  spec.stages = loader == Loader::kElement ? 1 : 2;
-  if (!fits(spec, properties) || properties.compute_capability < kAmpere) spec.stages = 1;
-  fit_turing(spec, properties);
+  // Element by element, and on Turing, there is nothing under way that a stage could hold.
+  spec.stages = loader == Loader::kElement || properties.compute_capability < kAmpere ? 1 : 2;
   return spec;
 }
 
@@ -185,16 +184,17 @@ bool wants_packed(const AttentionProblem& problem, const KernelSpec& spec,
   return problem.num_splits == 0 && 2 * num_tiles(problem, spec) <= properties.multiprocessors;
 }
 
-// The fewest splits for which a model says about least time. Its unit is what the keys and values
-// of a step take at a multiprocessor's share of the bandwidth; a block that has a multiprocessor to
-// itself takes kWaiting for a step.
+// The fewest splits for which a model says about least time. Its unit is what 32 KiB of keys and
+// values take at a multiprocessor's share of the bandwidth, 1.4 us on an H100; a block that has a
+// multiprocessor to itself takes kWaiting for them.
 int num_splits(const AttentionProblem& problem, const KernelId& kernel,
                const DeviceProperties& properties) {
+  constexpr double kUnitBytes = 32768.0;
   constexpr int64_t kMaxSplits = 128;
   constexpr double kWaiting = 1.2;
-  constexpr double kStartAndEnd = 2.0;  // of a block, in steps
+  constexpr double kStartAndEnd = 2.0;  // of a block
   constexpr double kWorthIt = 0.96;
-  constexpr double kCombine = 1.5;  // and for each 64 splits another 1
+  constexpr double kCombine = 2.5;  // and for each 64 splits another 1
   const auto blocks_over = [](int64_t blocks, int64_t places) {
     return static_cast<double>((blocks + places - 1) / places);
   };
@@ -203,18 +203,18 @@ int num_splits(const AttentionProblem& problem, const KernelId& kernel,
   const int64_t tiles = num_tiles(problem, kernel.spec);
   const int64_t places = properties.multiprocessors;
   const int64_t at_once = places * blocks_per_multiprocessor(kernel, properties);
-  // What a split leaves is written and read: rows of fp32, beside keys and values of 2 bytes.
-  const double rows = static_cast<double>(std::min<int64_t>(
-      kernel.spec.tile_m, problem.seqlen_q * rows_per_query(problem, kernel.spec)));
-  const double steps_of_result =
-      rows * 4.0 * static_cast<double>(problem.head_dim_v) /
-      static_cast<double>(tile_n * (problem.head_dim + problem.head_dim_v));
+  const double step = static_cast<double>(tile_n * (problem.head_dim + problem.head_dim_v) *
+                                          core::byte_size(problem.dtype)) /
+                      kUnitBytes;
+  // What a split leaves, rows of fp32, is written and read.
+  const int64_t rows = std::min<int64_t>(kernel.spec.tile_m,
+                                         problem.seqlen_q * rows_per_query(problem, kernel.spec));
+  const double result = static_cast<double>(rows * problem.head_dim_v) * 2.0 * 4.0 / kUnitBytes;
   int best = 1;
   double least = 0.0;
   for (int64_t splits = 1; splits <= std::min(steps, kMaxSplits); ++splits) {
-    const double each = blocks_over(steps, splits);
-    const double moved =
-        blocks_over(tiles * splits, places) * (splits > 1 ? each + steps_of_result : each);
+    const double each = blocks_over(steps, splits) * step;
+    const double moved = blocks_over(tiles * splits, places) * (splits > 1 ? each + result : each);
     const double waited = kWaiting * blocks_over(tiles * splits, at_once) * (each + kStartAndEnd);
     const double time = std::max(moved, waited) +
                         (splits > 1 ? kCombine + static_cast<double>(splits) / 64.0 : 0.0);
@@ -302,8 +302,9 @@ SplitChoice choose_split(const AttentionProblem& problem, const DeviceProperties
   SplitChoice choice{choose_sm80(problem, properties), 1};
   if (problem.dtype != DataType::kFloat32) {
     const KernelSpec& spec = choice.kernel.spec;
-    const KernelSpec packed =
-        spec_packed(spec.element, {spec.head_dim, spec.head_dim_v}, spec.loader, properties);
+    const KernelSpec packed = spec_packed(
+        spec.element, {spec.head_dim, spec.head_dim_v},
+        spec.score == Score::kPlain ? Score::kPlain : Score::kGeneral, spec.loader, properties);
     if (wants_packed(problem, spec, properties)) choice.kernel.spec = packed;
     if (!choice.kernel.spec.packs) return choice;
   }
@@ -394,7 +395,11 @@ std::vector<KernelId> reachable_kernels(const DeviceProperties& properties) {
                         spec_80(element, dims, it.score, it.dropout, it.loader, properties)});
       }
       for (const Loader loader : {Loader::kVector, Loader::kPagedVector, Loader::kElement}) {
-        list.push_back({Family::kForward80, spec_packed(element, dims, loader, properties)});
+        for (const Score score : {Score::kPlain, Score::kGeneral}) {
+          if (loader == Loader::kElement && score == Score::kPlain) continue;
+          list.push_back(
+              {Family::kForward80, spec_packed(element, dims, score, loader, properties)});
+        }
       }
     }
     const KernelId fp32{Family::kForward32, spec_32(dims, properties)};

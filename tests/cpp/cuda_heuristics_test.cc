@@ -145,7 +145,7 @@ TEST(CudaHeuristics, splits_fill_the_device_and_no_more) {
   // 8 tiles for 132 multiprocessors.
   const SplitChoice one = choose_split(decoding(1, 65536, 32, 8), hopper());
   EXPECT_GE(one.num_splits * 8, 132);
-  EXPECT_LE(choose_split(decoding(1, 1024, 32, 8), hopper()).num_splits, 1024 / 64);
+  EXPECT_LE(choose_split(decoding(1, 1024, 32, 8), hopper()).num_splits, 1024 / 32);
   EXPECT_EQ(choose_split(decoding(1, 100, 32, 8), hopper()).num_splits, 1);
 }
 

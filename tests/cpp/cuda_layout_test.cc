@@ -12,6 +12,7 @@
 #include <functional>
 #include <random>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -259,7 +260,8 @@ class Shared {
     const CurrentContext current(*gpu()->device);
     constexpr unsigned kGlobal = 1;
     uint64_t address = 0;
-    EXPECT_EQ(gpu()->allocate(&address, size * sizeof(T), kGlobal), 0);
+    const int result = gpu()->allocate(&address, size * sizeof(T), kGlobal);
+    if (result != 0) throw std::runtime_error("cuMemAllocManaged gives " + std::to_string(result));
     data_ = reinterpret_cast<T*>(address);
     std::fill_n(data_, size, value);
   }
@@ -281,6 +283,7 @@ class Shared {
 // One block of a compiled kernel; `arguments` are passed as they are.
 template <class... Arguments>
 void run(const CompiledKernel& kernel, int threads, int shared_bytes, Arguments... arguments) {
+  if (testing::Test::HasFailure()) return;  // a kernel on bad arguments would spoil the context
   const Driver& driver = *gpu()->device->driver;
   const CurrentContext current(*gpu()->device);
   Module module = nullptr;
@@ -356,7 +359,9 @@ struct Mapped {
       memory[static_cast<size_t>(((rows + i / columns) * 3 + 1) * columns + i % columns)] =
           bits(type, values[static_cast<size_t>(i)]);
     }
-    EXPECT_TRUE(make_tensor_map(*gpu()->device->driver, view, box_rows, map).ok());
+    const CurrentContext current(*gpu()->device);
+    const core::Status status = make_tensor_map(*gpu()->device->driver, view, box_rows, map);
+    EXPECT_TRUE(status.ok()) << status.message();
   }
   Shared<uint16_t> memory;
   TensorMap map;

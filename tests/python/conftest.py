@@ -52,7 +52,9 @@ def move_calls_to(device: str) -> None:
             given = dict(bound.arguments)
             bound.arguments.update({name: there(x) for name, x in given.items()})
             results = function(*bound.args, **bound.kwargs)
-            for name in ("k_cache", "v_cache", "out"):  # what is written in place
+            appends = given.get("k") is not None
+            # What is written in place; a cache that is only read may be broadcast.
+            for name in ("k_cache", "v_cache", "out") if appends else ("out",):
                 if isinstance(given.get(name), torch.Tensor):
                     given[name].copy_(bound.arguments[name])
             return results if isinstance(results, str) else back(results)

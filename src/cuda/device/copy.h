@@ -37,6 +37,7 @@ __device__ inline void gather_8(Word (&words)[4], const void* from, int count) {
 
 // Rows at a constant stride, in elements.
 struct StridedRows {
+  static constexpr bool kLooksUp = false;
   Half* data;
   Index stride;
   // Of row `row`, and of the one `step` rows behind the row at `current`.
@@ -48,6 +49,7 @@ struct StridedRows {
 
 // Queries of the heads of a group, in turn.
 struct PackedRows {
+  static constexpr bool kLooksUp = false;
   Half* data;
   Index query_stride;
   Index head_stride;
@@ -87,7 +89,15 @@ __device__ inline void load_tile(SharedTile<kRows, kColumns> tile, int first_row
   const int thread_row = Shape::row(thread);
   const int column = Shape::chunk(thread) * 8;
   SharedAddress to = tile.address(thread_row, Shape::chunk(thread));
-  const Half* from = rows.first(first_row + thread_row) + column;
+  // All pages are looked up before the first copy, which they would else wait for one by one.
+  const Half* looked_up[Shape::kPasses];
+  if constexpr (Rows::kLooksUp) {
+#pragma unroll
+    for (int pass = 0; pass < Shape::kPasses; ++pass) {
+      looked_up[pass] = rows.first(first_row + pass * Shape::kRowsPerPass + thread_row) + column;
+    }
+  }
+  const Half* from = Rows::kLooksUp ? looked_up[0] : rows.first(first_row + thread_row) + column;
 #pragma unroll
   for (int pass = 0; pass < Shape::kPasses; ++pass) {
     const int row = pass * Shape::kRowsPerPass + thread_row;
@@ -106,7 +116,9 @@ __device__ inline void load_tile(SharedTile<kRows, kColumns> tile, int first_row
         copy_async_16(address, from + group_column, exists && column + group_column < columns);
       }
     }
-    if (pass + 1 < Shape::kPasses) {
+    if (pass + 1 < Shape::kPasses && Rows::kLooksUp) {
+      from = looked_up[pass + 1];
+    } else if (pass + 1 < Shape::kPasses) {
       from = rows.next(from - column, first_row + row, Shape::kRowsPerPass) + column;
     }
   }
@@ -115,6 +127,7 @@ __device__ inline void load_tile(SharedTile<kRows, kColumns> tile, int first_row
 // Keys or values of a sequence behind a page table, or not, as the arguments say. Any row gives an
 // address within k or v.
 struct PagedRows {
+  static constexpr bool kLooksUp = true;
   const PageArgs& pages;
   const TensorArgs& tensor;
   const Sequence& sequence;
@@ -127,6 +140,7 @@ struct PagedRows {
 };
 
 struct MaybePagedRows {
+  static constexpr bool kLooksUp = false;
   StridedRows strided;
   PagedRows paged;
   __device__ const Half* first(int row) const {

@@ -63,6 +63,7 @@ __device__ inline void attend_tile(const ForwardArgs& args, const Block& block,
   };
   constexpr int kAhead = F::kStages - 1;  // steps that are under way behind the current one
 
+  const bool idle = kSpec.packs && block.tile_row + warp_row >= block.num_rows;
   typename F::O o;
   OnlineSoftmax<F::kTilesM> softmax;
   o.clear();
@@ -85,10 +86,13 @@ __device__ inline void attend_tile(const ForwardArgs& args, const Block& block,
     __syncthreads();  // q and k have arrived, and everybody is done with the last v
     load_v(step - kAhead);
     typename F::S s;
-    multiply_q_k<kSpec.element, kSpec.head_dim>(s, q_tile, warp_row, k_tile(step), lane);
+    if (!idle) {
+      multiply_q_k<kSpec.element, kSpec.head_dim>(s, q_tile, warp_row, k_tile(step), lane);
+    }
     copy_async_wait<2 * kAhead>();
     __syncthreads();  // v has arrived, and everybody is done with k
     load_k(step - F::kStages);
+    if (idle) continue;
     scores_to_probabilities<kSpec>(s, softmax, args, block, block.tile_row + warp_row, step,
                                    is_masked(block, step), lane);
     softmax.apply_rescale(o);

@@ -54,8 +54,8 @@ struct PageArgs {
   Index table_stride;
   int page_size;
   int num_pages;
-  int max_pages;  // of one sequence
-  int padding;
+  int max_pages;   // of one sequence
+  int page_shift;  // log2 of page_size; -1: it is no power of two
 };
 
 enum class BiasElement : int { kNone, kOwn, kFloat32, kBoolean };

@@ -161,7 +161,7 @@ struct KeyPlace {
 
 __device__ inline KeyPlace paged_place(const PageArgs& pages, const Sequence& sequence, int j) {
   const int key = sequence.k_begin + j;
-  const int slot = key / pages.page_size;
+  const int slot = pages.page_shift >= 0 ? key >> pages.page_shift : key / pages.page_size;
   const int page = pages.block_table[sequence.batch * pages.table_stride + slot];
   return {clamp(page, 0, pages.num_pages - 1), key - slot * pages.page_size};
 }
