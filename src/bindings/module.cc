@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
 namespace {
@@ -74,6 +73,9 @@ class Workspace {
  public:
   explicit Workspace(DLDevice device) : device_(device) {}
 
+  // Whether the framework has an allocator to lend.
+  static bool is_lent() { return TVMFFIEnvGetDLPackManagedTensorAllocator() != nullptr; }
+
   static void* allocate(void* self, int64_t bytes) {
     return static_cast<Workspace*>(self)->allocate_bytes(bytes);
   }
@@ -81,12 +83,6 @@ class Workspace {
  private:
   // Null where the framework has no memory.
   void* allocate_bytes(int64_t bytes) {
-    if (TVMFFIEnvGetDLPackManagedTensorAllocator() == nullptr) {
-      throw std::runtime_error(
-          "the call needs memory on the GPU, and the framework of its tensors "
-          "lends no allocator (__dlpack_c_exchange_api__); PyTorch does from "
-          "2.10 on");
-    }
     const int64_t shape[] = {bytes};
     try {
       memory_ = ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ffi::ShapeView(shape, 1),
@@ -142,7 +138,7 @@ struct AttentionCall {
     args.backend = backend.has_value() ? backend.value().c_str() : nullptr;
     args.stream = current_stream(args.q);
     Workspace workspace(q->device);
-    args.allocate_workspace = Workspace::allocate;
+    args.allocate_workspace = Workspace::is_lent() ? Workspace::allocate : nullptr;
     args.workspace_context = &workspace;
     return kBody(args, extra...);
   }

@@ -25,6 +25,8 @@ class Plan {
   virtual ~Plan() = default;
   // Scratch that run() needs when num_workers threads take part, 64-byte aligned.
   virtual int64_t workspace_bytes(int num_workers) const = 0;
+  // Whether run() takes null for it, and is slower.
+  virtual bool workspace_is_optional() const { return false; }
   // The args have been validated and match the problem that the plan was made for.
   virtual Status run(const AttentionArgs& args, void* workspace, const Stream& stream) const = 0;
   // What runs, for people: "" where the implementation's name says it all.

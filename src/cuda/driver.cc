@@ -39,6 +39,7 @@ Status find_all(void* library, Driver& driver) {
   FA_TRY(find(library, "cuFuncGetAttribute", driver.function_attribute));
   FA_TRY(find(library, "cuFuncSetAttribute", driver.set_function_attribute));
   FA_TRY(find(library, "cuLaunchKernel", driver.launch));
+  FA_TRY(find(library, "cuMemsetD32Async", driver.set_words));
   return find(library, "cuTensorMapEncodeTiled", driver.encode_tensor_map);
 }
 

@@ -145,9 +145,12 @@ class ForwardPlan final : public core::Plan {
         kernel_(kernel),
         otherwise_(otherwise) {}
 
-  int64_t workspace_bytes(int) const override { return 0; }
+  // The counter of ScheduleArgs.
+  int64_t workspace_bytes(int) const override { return counts_tiles() ? sizeof(unsigned) : 0; }
+  bool workspace_is_optional() const override { return true; }
 
-  Status run(const AttentionArgs& args, void*, const core::Stream& stream) const override {
+  Status run(const AttentionArgs& args, void* workspace,
+             const core::Stream& stream) const override {
     if (problem_.total_q == 0) return {};
     const bool maps =
         uses_maps_ && has_tensor_map(args.q) && has_tensor_map(args.k) && has_tensor_map(args.v);
@@ -159,13 +162,20 @@ class ForwardPlan final : public core::Plan {
     TensorMaps tensor_maps;
     if (maps) FA_TRY(make_tensor_maps(*device_.driver, args, spec, tensor_maps));
     void* arguments[] = {&launch_args, &tensor_maps};
-    const int64_t blocks = num_blocks(problem_, launch_args.schedule);
+    if (takes_pairs(problem_, kernel.value()->id)) {
+      launch_args.schedule.paired = 1;
+      launch_args.schedule.num_tiles_m = (launch_args.schedule.num_tiles_m + 1) / 2;
+      launch_args.schedule.heads_per_group = 1;
+    }
+    if (maps && workspace != nullptr) FA_TRY(set_counter(workspace, stream, launch_args.schedule));
+    const int64_t blocks = blocks_of(launch_args.schedule, spec);
     launch_args.schedule.num_blocks = static_cast<int>(std::min(blocks, kMaxBlocks));
     launch_args.splits.num_tiles = launch_args.schedule.num_blocks;
-    FA_TRY(kernel.value()->launch(blocks > kMaxBlocks ? blocks
-                                                      : num_launched(problem_, kernel.value()->id,
-                                                                     blocks, device_.properties),
-                                  arguments, stream.handle));
+    const bool one_each =
+        blocks > kMaxBlocks || (spec.varlen && launch_args.schedule.counter == nullptr);
+    FA_TRY(kernel.value()->launch(
+        one_each ? blocks : num_launched(problem_, kernel.value()->id, blocks, device_.properties),
+        arguments, stream.handle));
     return problem_.wants_s_dmask ? run_s_dmask(args, launch_args, stream) : Status{};
   }
 
@@ -176,6 +186,27 @@ class ForwardPlan final : public core::Plan {
   }
 
  private:
+  bool counts_tiles() const { return uses_maps_ && problem_.layout == core::Layout::kVarlen; }
+
+  Status set_counter(void* workspace, const core::Stream& stream, ScheduleArgs& to) const {
+    if (!counts_tiles()) return {};
+    to.counter = static_cast<unsigned*>(workspace);
+    const CurrentContext current(device_);
+    FA_TRY(current.status());
+    return device_.driver->check(
+        device_.driver->set_words(reinterpret_cast<uint64_t>(workspace), 0, 1,
+                                  static_cast<StreamHandle>(stream.handle)),
+        "cuMemsetD32Async");
+  }
+
+  // Hopper's varlen kernel: as many tiles as there may be of sequences that share total_q rows.
+  int64_t blocks_of(const ScheduleArgs& schedule, const KernelSpec& spec) const {
+    if (!spec.varlen) return num_blocks(problem_, schedule);
+    const int64_t tiles = std::min(problem_.batch * schedule.num_tiles_m,
+                                   problem_.total_q / spec.tile_m + problem_.batch);
+    return problem_.num_heads * tiles;
+  }
+
   Status run_s_dmask(const AttentionArgs& args, ForwardArgs& launch_args,
                      const core::Stream& stream) const {
     const KernelId id = choose_s_dmask(problem_);

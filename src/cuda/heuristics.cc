@@ -86,13 +86,15 @@ KernelSpec spec_80(Element element, HeadDims dims, Score score, bool dropout, Lo
 }
 
 // Tiles of Hopper's kernel: as many keys as two stages of k and v leave room for, and as a
-// warpgroup's registers hold scores for.
+// warpgroup's registers hold scores for. At head_dim 64 the exponentials bound it: four warpgroups
+// with fewer keys each hide one another's waits best. On an H100, bf16, 16384 tokens, over cuDNN at
+// 512 to 16384 tokens a sequence: 256x64 1.03 to 1.15; 192x128 0.99 to 1.18 without a mask, but
+// 0.84 to 1.16 with one.
 struct Tile90 {
   HeadDims dims;
   int m, n;
 };
-constexpr Tile90 kShortTile90 = {{64, 64}, 128, 128};
-constexpr Tile90 kTiles90[] = {{{64, 64}, 192, 128},
+constexpr Tile90 kTiles90[] = {{{64, 64}, 256, 64},
                                {{128, 128}, 128, 128},
                                {{192, 128}, 128, 128},
                                {{192, 192}, 128, 112},
@@ -105,11 +107,7 @@ const Tile90& tile_90(int64_t head_dim, int64_t head_dim_v) {
   return kTiles90[std::size(kTiles90) - 1];
 }
 
-bool is_tile(const KernelSpec& spec, const Tile90& tile) {
-  return spec.head_dim == tile.dims.qk && spec.tile_m == tile.m && spec.tile_n == tile.n;
-}
-
-KernelSpec spec_90(Element element, const Tile90& tile, Score score) {
+KernelSpec spec_90(Element element, const Tile90& tile, Score score, bool varlen) {
   KernelSpec spec;
   spec.element = element;
   spec.head_dim = tile.dims.qk;
@@ -118,6 +116,7 @@ KernelSpec spec_90(Element element, const Tile90& tile, Score score) {
   spec.tile_n = tile.n;
   spec.num_warps = 4 * (tile.m / 64 + 1);  // a warpgroup per 64 rows, and the producer's
   spec.score = score;
+  spec.varlen = varlen;
   return spec;
 }
 
@@ -335,14 +334,10 @@ int64_t tiles_m(const AttentionProblem& problem, const KernelSpec& spec) {
 }
 
 KernelId choose_sm90(const AttentionProblem& problem) {
-  const Tile90* tile = &tile_90(problem.head_dim, problem.head_dim_v);
-  // Fewer rows waste less of a short causal sequence: 247 against 217 TFLOP/s at 1024, 371 against
-  // 389 at 4096.
-  constexpr int64_t kShortSequence = 2048;
-  const bool is_short = problem.seqlen_q <= kShortSequence && !problem.band.unbounded();
-  if (tile->dims.qk == kShortTile90.dims.qk && is_short) tile = &kShortTile90;
-  return {Family::kForward90, spec_90(element_of(problem.dtype), *tile,
-                                      problem.softcap ? Score::kSoftcap : Score::kPlain)};
+  return {Family::kForward90,
+          spec_90(element_of(problem.dtype), tile_90(problem.head_dim, problem.head_dim_v),
+                  problem.softcap ? Score::kSoftcap : Score::kPlain,
+                  problem.layout == core::Layout::kVarlen)};
 }
 
 KernelId choose_s_dmask(const AttentionProblem& problem) {
@@ -361,15 +356,17 @@ int heads_per_group(const AttentionProblem& problem) {
   return problem.band.unbounded() ? 1 : static_cast<int>(problem.num_heads);
 }
 
-int64_t num_launched(const AttentionProblem& problem, const KernelId& kernel, int64_t num_blocks,
+// Under a causal mask a tile's cost grows with its row; pairs cost the same. On an H100, head_dim
+// 128, 512, 1024 and 4096 tokens: 289, 399 and 536 TFLOP/s, a block per tile 241, 354 and 525.
+bool takes_pairs(const AttentionProblem& problem, const KernelId& kernel) {
+  return kernel.family == Family::kForward90 && problem.layout == core::Layout::kDense &&
+         !problem.band.unbounded();
+}
+
+int64_t num_launched(const AttentionProblem&, const KernelId& kernel, int64_t num_blocks,
                      const DeviceProperties& properties) {
-  // Blocks that stay load the next tile's keys while they store the last tile. Where all tiles take
-  // equally long it gains: on an H100 at 1024 tokens 331 to 360 TFLOP/s at head_dim 64, 523 to 546
-  // at 128. Where they do not, the hardware's scheduler balances better (causal, head_dim 128: 373
-  // against 303), but for the small tiles of short causal sequences (236 to 267).
-  const bool stays = kernel.family == Family::kForward90 &&
-                     problem.layout == core::Layout::kDense &&
-                     (problem.band.unbounded() || is_tile(kernel.spec, kShortTile90));
+  // Blocks that stay start a tile while they finish the one before: the difference above.
+  const bool stays = kernel.family == Family::kForward90;
   return stays ? std::min<int64_t>(num_blocks, properties.multiprocessors) : num_blocks;
 }
 
@@ -406,12 +403,13 @@ std::vector<KernelId> reachable_kernels(const DeviceProperties& properties) {
     if (std::find(list.begin(), list.end(), fp32) == list.end()) list.push_back(fp32);
   }
   std::vector<Tile90> tiles(std::begin(kTiles90), std::end(kTiles90));
-  tiles.push_back(kShortTile90);
   if (properties.compute_capability != kHopper) tiles.clear();
   for (const Tile90& tile : tiles) {
     for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
       for (const Score score : {Score::kPlain, Score::kSoftcap}) {
-        list.push_back({Family::kForward90, spec_90(element, tile, score)});
+        for (const bool varlen : {false, true}) {
+          list.push_back({Family::kForward90, spec_90(element, tile, score, varlen)});
+        }
       }
     }
   }

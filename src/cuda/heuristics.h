@@ -50,7 +50,10 @@ int64_t tiles_m(const core::AttentionProblem& problem, const KernelSpec& spec);
 // Heads whose blocks take turns; see ScheduleArgs. Divides num_heads.
 int heads_per_group(const core::AttentionProblem& problem);
 
-// Blocks to launch for `num_blocks` tiles.
+// Whether blocks take pairs of tiles; see ScheduleArgs.
+bool takes_pairs(const core::AttentionProblem& problem, const KernelId& kernel);
+
+// Blocks to launch for `num_blocks` tiles, or pairs of them.
 int64_t num_launched(const core::AttentionProblem& problem, const KernelId& kernel,
                      int64_t num_blocks, const DeviceProperties& properties);
 

@@ -115,8 +115,8 @@ std::string to_string(const KernelId& id) {
   return core::concat(name(id.family), " ", kElementNames[static_cast<int>(spec.element)],
                       " head_dim ", dims, kScoreNames[static_cast<int>(spec.score)],
                       spec.dropout ? " dropout" : "", kLoaderNames[static_cast<int>(spec.loader)],
-                      spec.packs ? " packed" : "", ", tile ", spec.tile_m, "x", spec.tile_n, ", ",
-                      spec.num_warps, " warps",
+                      spec.packs ? " packed" : "", spec.varlen ? " varlen" : "", ", tile ",
+                      spec.tile_m, "x", spec.tile_n, ", ", spec.num_warps, " warps",
                       spec.stages > 1 ? core::concat(", ", spec.stages, " stages") : "");
 }
 
@@ -129,7 +129,8 @@ std::string expression(const KernelId& id) {
       ", .num_warps = ", spec.num_warps, ", .score = fa::cuda::Score(",
       static_cast<int>(spec.score), "), .dropout = ", spec.dropout ? "true" : "false",
       ", .loader = fa::cuda::Loader(", static_cast<int>(spec.loader),
-      "), .packs = ", spec.packs ? "true" : "false", ", .stages = ", spec.stages, "}>");
+      "), .packs = ", spec.packs ? "true" : "false", ", .stages = ", spec.stages,
+      ", .varlen = ", spec.varlen ? "true" : "false", "}>");
 }
 
 int threads(const KernelId& id) { return id.spec.num_warps * 32; }

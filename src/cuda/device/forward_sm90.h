@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/device/producer_sm90.h"
+#include "cuda/device/store_sm90.h"
 
 namespace fa::cuda {
 
@@ -17,22 +18,48 @@ namespace fa::cuda {
 template <KernelSpec kSpec>
 class Consumer90 {
   using F = Forward90<kSpec>;
+  using Description = Tile<kSpec>;
 
  public:
   __device__ Consumer90(const ForwardArgs& args, const Shared90<kSpec>& shared, int consumer)
       : args_(args), shared_(shared), consumer_(consumer) {}
 
   __device__ void run() {
-    int tile = 0;
-    for_each_tile(args_, [&](int index) {
-      const Work work = work_of(args_, index);
-      if (work.batch < args_.shape.batch) {
-        attend(tile++);
+    // The first products are of nothing, and for nothing.
+#pragma unroll
+    for (int fragment = 0; fragment < F::kFragments; ++fragment) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) asm volatile("" : "=r"(p_[fragment][i]));
+    }
+    if (kTakesTurns && consumer_ == 1) named_arrive(turn(0), 2 * F::kGroupThreads);
+#pragma unroll 1
+    for (int index = 0;; ++index) {
+      shared_.q_full(consumer_, q_.stage).wait(q_.parity);
+      const Description& tile = shared_.description(index);
+      const bool is_end = tile.tile_row < 0;
+      const KeySteps all = tile.steps, own = tile.own_steps[consumer_];
+      const bool has_keys = own.begin < own.end;
+      const int before = all.end - (has_keys ? own.end : all.begin);
+      if (is_end || !has_keys || before > 1) finish();
+      if (is_end) break;
+      skip(before);
+      if (has_keys) {
+        attend(tile, own);
+        unfinished_ = index;
+        if (own.begin != all.begin) {
+          finish();
+          skip(own.begin - all.begin);
+        }
       } else {
-        clear_rows_past_the_end<kSpec.element>(args_, work, 1, threadIdx.x - F::kGroupThreads,
-                                               F::kConsumers * F::kGroupThreads);
+        release(shared_.q_empty(consumer_, q_.stage));
+        o_.clear();
+        softmax_.clear();
+        store(tile, softmax_);
       }
-    });
+      q_.advance();
+    }
+    if (kTakesTurns && consumer_ == 0) named_sync(turn(0), 2 * F::kGroupThreads);
+    if constexpr (kSpec.varlen) clear_past_the_end();
   }
 
  private:
@@ -42,72 +69,133 @@ class Consumer90 {
   __device__ static int own_barrier(int consumer) { return 1 + F::kConsumers + consumer; }
 
   __device__ int lane() const { return threadIdx.x % 32; }
-  __device__ int warp_row() const { return threadIdx.x % F::kGroupThreads / 32 * 16; }
+  __device__ int warp_row() const {
+    return consumer_ * F::kGroupRows + threadIdx.x % F::kGroupThreads / 32 * 16;
+  }
 
   __device__ void release(Barrier empty) const {
     if (lane() == 0) empty.arrive();
   }
 
-  __device__ void attend(int tile) {
-    shared_.q_full().wait(tile % 2);
-    const Block& block = shared_.blocks[tile % 2];
-    if (block.tile_row < block.sequence.seqlen_q) attend(block);
-    shared_writes_fence();
-    __syncwarp();
-    release(shared_.q_empty());
+  // Lets go of steps of keys that this warpgroup's rows do not see; of their values as well, unless
+  // products of values before them are still to come.
+  __device__ void skip(int num_steps) {
+#pragma unroll 1
+    for (; num_steps > 0; --num_steps) {
+      if (kTakesTurns) {
+        named_sync(turn(consumer_), 2 * F::kGroupThreads);
+        named_arrive(turn(consumer_ ^ 1), 2 * F::kGroupThreads);
+      }
+      shared_.k_full(k_.stage).wait(k_.parity);
+      release(shared_.k_empty(k_.stage));
+      k_.advance();
+      ++skipped_values_;
+      if (unfinished_ < 0) release_skipped_values();
+    }
   }
 
-  __device__ void attend(const Block& block) {
-    o_.clear();
-    softmax_.clear();
-    const int num_steps = block.steps.end - block.steps.begin;
-    if (num_steps > 0) {
-      if (kTakesTurns && consumer_ == 1 && num_steps > 1) {
-        named_arrive(turn(0), 2 * F::kGroupThreads);
-      }
-      first_step(block);
+  __device__ void release_skipped_values() {
 #pragma unroll 1
-      for (int step = 1; step < num_steps; ++step) {
-        if (is_masked(block, block.steps.end - 1 - step)) {
-          next_step<true>(block, step, num_steps);
-        } else {
-          next_step<false>(block, step, num_steps);
-        }
-      }
-      last_products(num_steps - 1);
-      count_ += num_steps;
+    for (; skipped_values_ > 0; --skipped_values_) {
+      shared_.v_full(v_.stage).wait(v_.parity);
+      release_values();
     }
-    store(block);
+  }
+
+  __device__ void release_values() {
+    release(shared_.v_empty(v_.stage));
+    v_.advance();
+  }
+
+  __device__ void attend(const Description& tile, const KeySteps& own) {
+    bool is_first = true;
+#pragma unroll 1
+    for (int key_step = own.end - 1; key_step >= own.begin; --key_step) {
+      const bool is_masked = key_step < own.full_begin || key_step >= own.full_end;
+      step(tile, key_step, is_masked, is_first, key_step == own.begin);
+      if (kSpec.varlen && is_first) clear_values_past_the_end(tile, key_step);
+      is_first = false;
+    }
+  }
+
+  // Scores and probabilities of a step of keys beside the output of the step before, which may be
+  // the last of the tile before.
+  __device__ void step(const Description& tile, int key_step, bool is_masked, bool is_first,
+                       bool is_last) {
+    typename F::S s;
+    const bool has_products = !is_first || unfinished_ >= 0;
+    shared_.k_full(k_.stage).wait(k_.parity);
+    if (kTakesTurns) named_sync(turn(consumer_), 2 * F::kGroupThreads);
+    products_fence();
+    start_q_k(s);
+    if (has_products) shared_.v_full(v_.stage).wait(v_.parity);
+    products_fence();
+    start_p_v();
+    if (kTakesTurns) named_arrive(turn(consumer_ ^ 1), 2 * F::kGroupThreads);
+    products_wait<1>();
+    pin(s);
+    release(shared_.k_empty(k_.stage));
+    k_.advance();
+    if (is_last) release(shared_.q_empty(consumer_, q_.stage));
+    const OnlineSoftmax<1> before = softmax_;
+    if (is_first) softmax_.clear();
+    scores_to_probabilities<kSpec>(s, softmax_, args_, tile, tile.tile_row + warp_row(), key_step,
+                                   is_masked, lane());
+    pin(s);
+    // The two waits differ so that they stay behind the branch, and the exponentials before it.
+    if (is_first) {
+      asm volatile("wgmma.wait_group.sync.aligned 0; // first" ::: "memory");
+      pin(o_);
+      if (has_products) {
+        release_values();
+        store(shared_.description(unfinished_), before);
+        release_skipped_values();
+      }
+      o_.clear();
+      pin(o_);
+    } else {
+      asm volatile("wgmma.wait_group.sync.aligned 0; // next" ::: "memory");
+      pin(o_);
+      release_values();
+      softmax_.apply_rescale(o_);
+    }
+    keep_probabilities(s);
+  }
+
+  // The last products of a tile, where no other tile's scores are computed beside them.
+  __device__ void finish() {
+    if (unfinished_ < 0) return;
+    shared_.v_full(v_.stage).wait(v_.parity);
+    products_fence();
+    start_p_v();
+    products_wait<0>();
+    pin(o_);
+    release_values();
+    store(shared_.description(unfinished_), softmax_);
+    unfinished_ = -1;
   }
 
   // s = q k^T
-  __device__ void start_q_k(typename F::S& s, int stage) const {
+  __device__ void start_q_k(typename F::S& s) const {
+    const MatrixDescriptor q = row_descriptor(shared_.q(consumer_, q_.stage));
+    const MatrixDescriptor k = row_descriptor(shared_.k(k_.stage));
 #pragma unroll
     for (int step = 0; step < kSpec.head_dim / 16; ++step) {
       const int column = step / 4, within = step % 4 * 32;
-      product<kSpec.element>(
-          s, row_descriptor(shared_.q(consumer_) + column * F::kQBlockBytes + within),
-          row_descriptor(shared_.k(stage) + column * F::kKeyBlockBytes + within), step > 0);
+      product<kSpec.element>(s, advance(q, column * F::kQBlockBytes + within),
+                             advance(k, column * F::kKeyBlockBytes + within), step > 0);
     }
     products_commit();
   }
 
   // o += p v
-  __device__ void start_p_v(int stage) {
+  __device__ void start_p_v() {
+    const MatrixDescriptor v = column_descriptor<F::kKeyBlockBytes>(shared_.v(v_.stage));
 #pragma unroll
     for (int fragment = 0; fragment < F::kFragments; ++fragment) {
-      product<kSpec.element>(
-          o_, p_[fragment],
-          column_descriptor<F::kKeyBlockBytes>(shared_.v(stage) + fragment * 16 * kBlockRowBytes));
+      product<kSpec.element>(o_, p_[fragment], advance(v, fragment * 16 * kBlockRowBytes));
     }
     products_commit();
-  }
-
-  template <bool kMasked>
-  __device__ void to_probabilities(typename F::S& s, const Block& block, int step) {
-    scores_to_probabilities<kSpec>(s, softmax_, args_, block,
-                                   block.tile_row + consumer_ * F::kGroupRows + warp_row(),
-                                   block.steps.end - 1 - step, kMasked, lane());
   }
 
   __device__ void keep_probabilities(const typename F::S& s) {
@@ -122,68 +210,17 @@ class Consumer90 {
     }
   }
 
-  __device__ void first_step(const Block& block) {
-    typename F::S s;
-    const Turn<F::kStages> at(count_);
-    shared_.k_full(at.stage).wait(at.parity);
-    products_fence();
-    start_q_k(s, at.stage);
-    products_wait<0>();
-    pin(s);
-    release(shared_.k_empty(at.stage));
-    to_probabilities<true>(s, block, 0);
-    keep_probabilities(s);
-    clear_values_past_the_end(block, at);
-  }
-
-  // Scores of step `step` beside the output of the one before.
-  template <bool kMasked>
-  __device__ void next_step(const Block& block, int step, int num_steps) {
-    typename F::S s;
-    const Turn<F::kStages> k(count_ + step), v(count_ + step - 1);
-    shared_.k_full(k.stage).wait(k.parity);
-    if (kTakesTurns) named_sync(turn(consumer_), 2 * F::kGroupThreads);
-    products_fence();
-    start_q_k(s, k.stage);
-    shared_.v_full(v.stage).wait(v.parity);
-    products_fence();
-    start_p_v(v.stage);
-    if (kTakesTurns && !(consumer_ == 1 && step == num_steps - 1)) {
-      named_arrive(turn(consumer_ ^ 1), 2 * F::kGroupThreads);
-    }
-    products_wait<1>();
-    pin(s);
-    release(shared_.k_empty(k.stage));
-    to_probabilities<kMasked>(s, block, step);
-    pin(s);
-    products_wait<0>();
-    pin(o_);
-    release(shared_.v_empty(v.stage));
-    softmax_.apply_rescale(o_);
-    keep_probabilities(s);
-  }
-
-  __device__ void last_products(int step) {
-    const Turn<F::kStages> v(count_ + step);
-    shared_.v_full(v.stage).wait(v.parity);
-    products_fence();
-    start_p_v(v.stage);
-    products_wait<0>();
-    pin(o_);
-    release(shared_.v_empty(v.stage));
-  }
-
-  // The first step holds the sequence's last keys. Rows of v behind them are another sequence's, or
-  // padding; their probabilities are 0, but 0 times NaN is not. Every warpgroup does it for itself.
-  __device__ void clear_values_past_the_end(const Block& block, Turn<F::kStages> at) const {
-    const int first = block.sequence.seqlen_k - (block.steps.end - 1) * kSpec.tile_n;
-    if (args_.sequences.cu_seqlens_q == nullptr || first >= kSpec.tile_n) return;
-    shared_.v_full(at.stage).wait(at.parity);
+  // The sequence's last keys' step holds rows of v that are another sequence's, or padding; their
+  // probabilities are 0, but 0 times NaN is not. Every warpgroup does it for itself.
+  __device__ void clear_values_past_the_end(const Description& tile, int key_step) const {
+    const int first = tile.sequence.seqlen_k - key_step * kSpec.tile_n;
+    if (first >= kSpec.tile_n) return;
+    shared_.v_full(v_.stage).wait(v_.parity);
     const Word zeros[4] = {0, 0, 0, 0};
     for (int i = threadIdx.x % F::kGroupThreads; i < (kSpec.tile_n - first) * F::kVBlocks * 8;
          i += F::kGroupThreads) {
       const int row = first + i / (F::kVBlocks * 8), chunk = i % (F::kVBlocks * 8);
-      store_shared_16(shared_.v(at.stage) + chunk / 8 * F::kKeyBlockBytes + row * kBlockRowBytes +
+      store_shared_16(shared_.v(v_.stage) + chunk / 8 * F::kKeyBlockBytes + row * kBlockRowBytes +
                           chunk % 8 * 16,
                       zeros);
     }
@@ -191,22 +228,30 @@ class Consumer90 {
     named_sync(own_barrier(consumer_), F::kGroupThreads);
   }
 
-  // Through the warpgroup's own q, which no product reads any more.
-  __device__ void store(const Block& block) {
-    const SharedTile<F::kGroupRows, kSpec.head_dim_v> tile{shared_.q(consumer_)};
-    const int tile_row = block.tile_row + consumer_ * F::kGroupRows;
-    named_sync(own_barrier(consumer_), F::kGroupThreads);
-    finish_rows<kSpec>(o_, softmax_, args_, block, tile, tile_row, warp_row(), lane());
-    named_sync(own_barrier(consumer_), F::kGroupThreads);
-    store_tile<kSpec.loader, F::kGroupThreads>(
-        tile, query_rows(args_.out, block.sequence, block.head), tile_row, block.sequence.seqlen_q,
-        args_.shape.head_dim_v, threadIdx.x % F::kGroupThreads);
+  __device__ void store(const Description& tile, OnlineSoftmax<1> softmax) const {
+    finish_softmax<kSpec>(softmax, args_, tile.head);
+    store_rows<kSpec>(o_, softmax, args_, tile, tile.tile_row + warp_row(), lane());
+  }
+
+  // Rows behind the last varlen sequence, shared among all blocks.
+  __device__ void clear_past_the_end() const {
+    const int count = args_.shape.num_heads * args_.schedule.num_tiles_m;
+#pragma unroll 1
+    for (int index = blockIdx.x; index < count; index += gridDim.x) {
+      const Work work{args_.shape.batch, index % args_.shape.num_heads,
+                      index / args_.shape.num_heads};
+      clear_rows_past_the_end<kSpec.element>(args_, work, 1, threadIdx.x,
+                                             F::kConsumers * F::kGroupThreads);
+    }
   }
 
   const ForwardArgs& args_;
   const Shared90<kSpec>& shared_;
   const int consumer_;
-  int count_ = 0;  // steps of the tiles before
+  Turn<F::kQStages> q_;
+  Turn<F::kStages> k_, v_;
+  int skipped_values_ = 0;
+  int unfinished_ = -1;  // the tile whose last products have not been started
   typename F::O o_;
   OnlineSoftmax<1> softmax_;
   Word p_[F::kFragments][4];
@@ -217,20 +262,24 @@ __global__ void __launch_bounds__(Forward90<kSpec>::kThreads, 1)
     forward_sm90(const __grid_constant__ ForwardArgs args, const __grid_constant__ CopyMaps maps) {
   using F = Forward90<kSpec>;
   extern __shared__ unsigned char unaligned[];
-  __shared__ Block blocks[2];
+  __shared__ Tile<kSpec> descriptions[Shared90<kSpec>::kNumTiles];
   __shared__ unsigned long long barriers[Shared90<kSpec>::kNumBarriers];
+  static_assert(sizeof(descriptions) + sizeof(barriers) + kSm90SharedBytes <= 227 * 1024);
   const Shared90<kSpec> shared{
       (shared_address(unaligned) + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment,
-      shared_address(barriers), blocks};
+      shared_address(barriers), descriptions};
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
+  // The consumers first: their warps are whole warpgroups, of which the producer may be a part.
   const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / F::kGroupThreads, 0);
-  if (group == 0) {
+  if (group == F::kConsumers) {
     leave_registers<F::kProducerRegisters>();
-    if (threadIdx.x == 0) Producer90<kSpec>(args, maps, shared).run();
+    if (threadIdx.x == F::kConsumers * F::kGroupThreads) {
+      Producer90<kSpec>(args, maps, shared).run();
+    }
   } else {
     take_registers<F::kConsumerRegisters>();
-    Consumer90<kSpec>(args, shared, group - 1).run();
+    Consumer90<kSpec>(args, shared, group).run();
   }
 }
 

@@ -85,11 +85,14 @@ struct DropoutArgs {
 // Which block computes what: blocks of `heads_per_group` heads of one batch entry take their tiles
 // in turn, so that these heads' keys share the L2 cache, the longest tiles first.
 struct ScheduleArgs {
-  int num_tiles_m;  // of the longest sequence
+  int num_tiles_m;  // of the longest sequence; paired: half of them, rounded up
   int num_heads;    // that have tiles of their own: those of q, or those of k where they are packed
   int heads_per_group;
-  int num_blocks;  // that a launch of one block per tile has; forward_sm90 may have fewer, each of
-                   // which takes every gridDim-th tile
+  int num_blocks;  // that a launch of one block per tile (or pair) has; forward_sm90 may have
+                   // fewer, each of which takes every gridDim-th
+  int paired;      // forward_sm90: a block takes a head's i-th tile and its i-th from the end
+  unsigned int* counter;  // forward_sm90, varlen, not null: the tiles that have been taken, less
+                          // one per block; blocks take tile after tile. 0 at the start.
 };
 
 // How many blocks share the keys of a tile, and where they leave their results for combine_splits:

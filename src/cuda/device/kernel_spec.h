@@ -27,7 +27,8 @@ struct KernelSpec {
   // For few queries: the heads of a group are rows of one tile, so that a block reads its keys once
   // for all of them, and blocks may share the keys of a tile among them (SplitArgs).
   bool packs = false;
-  int stages = 1;  // of k and v in shared memory
+  int stages = 1;       // forward_sm80: of k and v in shared memory
+  bool varlen = false;  // forward_sm90; the others ask at run time
 
   constexpr bool operator==(const KernelSpec&) const = default;
 };
@@ -38,12 +39,23 @@ constexpr int forward_sm80_shared_bytes(const KernelSpec& spec) {
               spec.stages * spec.tile_n * (spec.head_dim + spec.head_dim_v));
 }
 
-// forward_sm90: q, and stages of k and v; aligned to what the copy engine's swizzle repeats after.
-inline constexpr int kSm90Stages = 2;
+// forward_sm90: stages of q, and of k and v; aligned to what the copy engine's swizzle repeats
+// after. Warpgroups are up to so many steps apart, and a tile's first loads as many ahead: as many
+// stages as there is room for, less what a block keeps of its tiles and barriers.
 inline constexpr int kSharedAlignment = 1024;
+inline constexpr int kSm90SharedBytes = 225 * 1024;  // of 227 KiB
+constexpr int sm90_q_stages(const KernelSpec& spec) { return spec.head_dim <= 64 ? 2 : 1; }
+constexpr int sm90_q_bytes(const KernelSpec& spec) {
+  return sm90_q_stages(spec) * 2 * spec.tile_m * spec.head_dim;
+}
+constexpr int sm90_stage_bytes(const KernelSpec& spec) {
+  return 2 * spec.tile_n * (spec.head_dim + spec.head_dim_v);
+}
+constexpr int sm90_stages(const KernelSpec& spec) {
+  return (kSm90SharedBytes - kSharedAlignment - sm90_q_bytes(spec)) / sm90_stage_bytes(spec);
+}
 constexpr int forward_sm90_shared_bytes(const KernelSpec& spec) {
-  return kSharedAlignment + 2 * (spec.tile_m * spec.head_dim +
-                                 kSm90Stages * spec.tile_n * (spec.head_dim + spec.head_dim_v));
+  return kSharedAlignment + sm90_q_bytes(spec) + sm90_stages(spec) * sm90_stage_bytes(spec);
 }
 
 // forward_fp32: q, k or v in turn, and probabilities; rows with a gap of 4 floats behind each put

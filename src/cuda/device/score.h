@@ -119,11 +119,12 @@ __device__ inline void apply_softcap(Accumulator<kTilesM, kTilesN>& s, float sca
   }
 }
 
-// -infinity where a row does not see a key.
-template <int kTilesM, int kTilesN, bool kPacks>
-__device__ inline void apply_mask(Accumulator<kTilesM, kTilesN>& s, const ForwardArgs& args,
-                                  const Sequence& sequence, TileRows<kPacks> rows, int first_row,
-                                  int first_key, int lane) {
+// -infinity where a row does not see a key. Without a bound to the left, which is known for all of
+// a launch, half of the comparisons are not needed.
+template <bool kBoundedLeft, int kTilesM, int kTilesN, bool kPacks>
+__device__ inline void apply_mask_within(Accumulator<kTilesM, kTilesN>& s, const ForwardArgs& args,
+                                         const Sequence& sequence, TileRows<kPacks> rows,
+                                         int first_row, int first_key, int lane) {
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -137,10 +138,21 @@ __device__ inline void apply_mask(Accumulator<kTilesM, kTilesN>& s, const Forwar
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int key = n * 8 + e;
-          if (key < begin || key >= end) s.at[m][n][2 * half + e] = -kInfinity;
+          if ((kBoundedLeft && key < begin) || key >= end) s.at[m][n][2 * half + e] = -kInfinity;
         }
       }
     }
+  }
+}
+
+template <int kTilesM, int kTilesN, bool kPacks>
+__device__ inline void apply_mask(Accumulator<kTilesM, kTilesN>& s, const ForwardArgs& args,
+                                  const Sequence& sequence, TileRows<kPacks> rows, int first_row,
+                                  int first_key, int lane) {
+  if (args.shape.band_left < 0) {
+    apply_mask_within<false>(s, args, sequence, rows, first_row, first_key, lane);
+  } else {
+    apply_mask_within<true>(s, args, sequence, rows, first_row, first_key, lane);
   }
 }
 

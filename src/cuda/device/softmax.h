@@ -30,11 +30,14 @@ struct OnlineSoftmax {
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float highest = max[m][half];
+        // Two chains: one is as long as the instruction's latency times kTilesN.
+        float highest = max[m][half], other = highest;
 #pragma unroll
         for (int n = 0; n < kTilesN; ++n) {
-          highest = fmaxf(highest, fmaxf(s.at[m][n][2 * half], s.at[m][n][2 * half + 1]));
+          float& chain = n % 2 == 0 ? highest : other;
+          chain = fmaxf(chain, fmaxf(s.at[m][n][2 * half], s.at[m][n][2 * half + 1]));
         }
+        highest = fmaxf(highest, other);
         highest = fmaxf(highest, shuffle_xor(highest, 1));
         highest = fmaxf(highest, shuffle_xor(highest, 2));
         // A row that has seen no key yet stays at 2^-infinity.

@@ -58,6 +58,12 @@ __device__ inline MatrixDescriptor column_descriptor(SharedAddress address) {
   return row_descriptor(address) | static_cast<MatrixDescriptor>(kBlockBytes / 16) << 16;
 }
 
+// What lies `bytes` behind, a multiple of 16; addresses are of the low word, and do not overflow.
+__device__ inline MatrixDescriptor advance(MatrixDescriptor descriptor, int bytes) {
+  const Word low = static_cast<Word>(descriptor) + static_cast<Word>(bytes / 16);
+  return (descriptor >> 32) << 32 | low;
+}
+
 // ---- Products of 64 x N x 16. The operand list of an instruction has a register per element of
 // the accumulator, which nothing but a macro spells. ----
 
@@ -111,9 +117,15 @@ template <Element kElement, int kTilesN>
 __device__ inline void product(Accumulator<1, kTilesN>& accumulator, MatrixDescriptor a,
                                MatrixDescriptor b, int add) {
   constexpr int kN = kTilesN * 8;
-  static_assert(kN == 80 || kN == 112 || kN == 128);
+  static_assert(kN == 64 || kN == 80 || kN == 112 || kN == 128);
   float(&c)[kN / 2] = reinterpret_cast<float(&)[kN / 2]>(accumulator.at);
-  if constexpr (kN == 80) {
+  if constexpr (kN == 64) {
+    if constexpr (kElement == Element::kBFloat16) {
+      FA_PRODUCT_SS("64", "bf16", FA_PLACES_32, FA_OPERANDS_32, "%32", "%33", "%34");
+    } else {
+      FA_PRODUCT_SS("64", "f16", FA_PLACES_32, FA_OPERANDS_32, "%32", "%33", "%34");
+    }
+  } else if constexpr (kN == 80) {
     if constexpr (kElement == Element::kBFloat16) {
       FA_PRODUCT_SS("80", "bf16", FA_PLACES_40, FA_OPERANDS_40, "%40", "%41", "%42");
     } else {
