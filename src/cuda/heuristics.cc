@@ -88,8 +88,8 @@ KernelSpec spec_80(Element element, HeadDims dims, Score score, bool dropout, Lo
 // Tiles of Hopper's kernel: as many keys as two stages of k and v leave room for, and as a
 // warpgroup's registers hold scores for. At head_dim 64 the exponentials bound it: four warpgroups
 // with fewer keys each hide one another's waits best. On an H100, bf16, 16384 tokens, over cuDNN at
-// 512 to 16384 tokens a sequence: 256x64 1.03 to 1.15; 192x128 0.99 to 1.18 without a mask, but
-// 0.84 to 1.16 with one.
+// 512 to 16384 tokens a sequence, in one run: 256x64 1.03 to 1.15; 192x128 0.99 to 1.18 without a
+// mask, but 0.84 to 1.16 with one.
 struct Tile90 {
   HeadDims dims;
   int m, n;
