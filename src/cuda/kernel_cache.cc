@@ -26,7 +26,7 @@ namespace {
 namespace filesystem = std::filesystem;
 using core::Status;
 
-constexpr std::string_view kMagic = "flash-attention-plus kernel 1\n";
+constexpr std::string_view kMagic = "flash-attention-plus kernel 2\n";
 constexpr std::string_view kSuffix = ".kernel";
 constexpr std::string_view kTemporary = ".writing-";
 // A temporary file this old belongs to a process that has died.
@@ -39,6 +39,18 @@ uint64_t fnv1a(std::string_view text, uint64_t hash) {
 
 constexpr uint64_t kFnvOffset = 0xCBF29CE484222325;
 
+// FNV-1a over words, eight times as fast as over bytes; what is left over counts by bytes.
+uint64_t checksum(std::string_view bytes) {
+  uint64_t hash = kFnvOffset;
+  uint64_t word = 0;
+  for (; bytes.size() >= sizeof(word); bytes.remove_prefix(sizeof(word))) {
+    std::memcpy(&word, bytes.data(), sizeof(word));
+    hash = (hash ^ word) * 0x100000001B3;
+    hash ^= hash >> 32;  // else the upper bits of a word would reach none below them
+  }
+  return fnv1a(bytes, hash);
+}
+
 void append_number(std::string& to, uint64_t value) {
   to.append(reinterpret_cast<const char*>(&value), sizeof(value));
 }
@@ -50,7 +62,7 @@ std::string encode(const std::string& key, const CompiledKernel& kernel) {
     append_number(bytes, part->size());
   }
   bytes += key + kernel.name + kernel.image;
-  append_number(bytes, fnv1a(bytes, kFnvOffset));
+  append_number(bytes, checksum(bytes));
   return bytes;
 }
 
@@ -92,8 +104,8 @@ std::optional<CompiledKernel> decode(std::string_view bytes, const std::string& 
   const std::string_view stored_key = reader.take(lengths[0]);
   const std::string_view name = reader.take(lengths[1]);
   const std::string_view image = reader.take(lengths[2]);
-  const uint64_t checksum = reader.take_number();
-  if (!reader.finished() || checksum != fnv1a(summed, kFnvOffset) || stored_key != key) {
+  const uint64_t stored_sum = reader.take_number();
+  if (!reader.finished() || stored_sum != checksum(summed) || stored_key != key) {
     return std::nullopt;
   }
   return CompiledKernel{std::string{name}, std::string{image}, ""};
@@ -145,6 +157,15 @@ Status write_whole(const std::string& folder, const std::string& path, std::stri
   return status;
 }
 
+std::optional<std::string> read_whole(const std::string& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (!file) return std::nullopt;
+  std::string bytes(static_cast<size_t>(file.tellg()), '\0');
+  file.seekg(0);
+  if (!file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) return std::nullopt;
+  return bytes;
+}
+
 struct Entry {
   filesystem::path path;
   filesystem::file_time_type used;
@@ -185,10 +206,9 @@ std::string KernelCache::path_of(const std::string& key) const {
 std::optional<CompiledKernel> KernelCache::load(const std::string& key) const {
   if (folder_.empty() || !is_private(folder_)) return std::nullopt;
   const std::string path = path_of(key);
-  std::ifstream file(path, std::ios::binary);
-  if (!file) return std::nullopt;
-  const std::string bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  std::optional<CompiledKernel> kernel = decode(bytes, key);
+  const std::optional<std::string> bytes = read_whole(path);
+  if (!bytes) return std::nullopt;
+  std::optional<CompiledKernel> kernel = decode(*bytes, key);
   if (kernel) utimensat(AT_FDCWD, path.c_str(), nullptr, 0);  // used now
   return kernel;
 }

@@ -1,6 +1,7 @@
 #include "cuda/nvrtc.h"
 
 #include <dlfcn.h>
+#include <link.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -51,6 +52,16 @@ struct Place {
   std::string name;
 };
 
+// Of a library that is loaded under `name`. Told by its file, a library has the same identity
+// whether or not the process has loaded it.
+Place place_of(void* library, const char* name) {
+  link_map* map = nullptr;
+  const bool found = dlinfo(library, RTLD_DI_LINKMAP, &map) == 0 && map->l_name != nullptr;
+  Place place{found ? map->l_name : "", name};
+  dlclose(library);
+  return place;
+}
+
 class Finder {
  public:
   void add_folder(std::string folder) {
@@ -68,10 +79,7 @@ class Finder {
     }
     // What the process has loaded already is what its framework has chosen.
     for (const char* name : kNames) {
-      if (void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD)) {
-        dlclose(library);
-        return Place{"", name};
-      }
+      if (void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD)) return place_of(library, name);
     }
     for (const std::string& folder : folders_) {
       for (const char* name : kNames) {
@@ -81,10 +89,7 @@ class Finder {
       }
     }
     for (const char* name : kNames) {
-      if (void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL)) {
-        dlclose(library);
-        return Place{"", name};
-      }
+      if (void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL)) return place_of(library, name);
     }
     return core::unsupported(
         "NVRTC, which compiles the kernels, is not on this machine: install nvidia-cuda-nvrtc "
