@@ -31,7 +31,7 @@ void print_implementations(DeviceType device) {
 
 void print_environment() {
   namespace environment = core::environment;
-  const std::string backend = environment::backend();
+  const std::string backend{environment::call_settings().backend};
   const int wanted = environment::num_threads();
   std::printf("Environment\n");
   std::printf("  FLASH_ATTENTION_BACKEND      %s\n",

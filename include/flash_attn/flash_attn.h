@@ -122,6 +122,13 @@ FA_API void fa_attention_args_init(fa_attention_args* args);
  * when the result is written (CPU) or enqueued (GPU). */
 FA_API fa_status fa_forward(const fa_attention_args* args);
 
+/* fa_forward(), if the calling thread has made a call of this kind before: one that differs in
+ * nothing but where the tensors lie (alignment to 16 bytes apart), what they hold, the seed and the
+ * offset of dropout, and the stream. Such a call costs neither checks nor decisions. Else *ran is 0
+ * and nothing has happened. Calls on the CPU with lengths or pages, whose values are checked, are
+ * never known. */
+FA_API fa_status fa_forward_known(const fa_attention_args* args, int32_t* ran);
+
 /* The fp64 oracle that every backend is tested against: the same call, computed straight from the
  * formula. `out`, `lse` and `bound` are fp64 tensors of the shapes of out, lse and out; each may be
  * NULL, and else is row-major without gaps. bound is sum_j P_ij |v_jd|, which normalises the error

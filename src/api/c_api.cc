@@ -6,6 +6,8 @@
 #include <string_view>
 #include <vector>
 
+#include "api/known_calls.h"
+#include "api/tensors.h"
 #include "core/attention_args.h"
 #include "core/dispatch.h"
 #include "core/environment.h"
@@ -13,6 +15,7 @@
 #include "core/validate.h"
 #include "cpu/ceilings.h"
 #include "cpu/cpu.h"
+#include "cuda/host_values.h"
 #include "cuda/nvrtc.h"
 #include "flash_attn/flash_attn.h"
 #include "reference/reference.h"
@@ -27,6 +30,7 @@ using core::Result;
 using core::Status;
 using core::StatusCode;
 using core::TensorView;
+using core::environment::CallSettings;
 
 // ---- Errors ----
 
@@ -179,26 +183,9 @@ Status check_gradients(const fa_attention_gradients* gradients, const char* name
 
 Status to_core(const fa_attention_args* from, AttentionArgs& to) {
   FA_TRY(check_args(from));
-  FA_TRY(to_view(from->q, "q", to.q));
-  FA_TRY(to_view(from->k, "k", to.k));
-  FA_TRY(to_view(from->v, "v", to.v));
-  FA_TRY(to_view(from->out, "out", to.out));
-  FA_TRY(to_view(from->lse, "lse", to.lse));
-  FA_TRY(to_view(from->s_dmask, "s_dmask", to.s_dmask));
-  FA_TRY(to_view(from->cu_seqlens_q, "cu_seqlens_q", to.cu_seqlens_q));
-  FA_TRY(to_view(from->cu_seqlens_k, "cu_seqlens_k", to.cu_seqlens_k));
-  FA_TRY(to_view(from->seqused_k, "seqused_k", to.seqused_k));
-  FA_TRY(to_view(from->block_table, "block_table", to.block_table));
-  FA_TRY(to_view(from->alibi_slopes, "alibi_slopes", to.alibi_slopes));
-  FA_TRY(to_view(from->attn_bias, "attn_bias", to.attn_bias));
-  FA_TRY(to_view(from->learnable_sink, "learnable_sink", to.learnable_sink));
-  FA_TRY(to_view(from->cache_seqlens, "cache_seqlens", to.cache_seqlens));
-  FA_TRY(to_view(from->cache_batch_idx, "cache_batch_idx", to.cache_batch_idx));
-  FA_TRY(to_view(from->cache_leftpad, "cache_leftpad", to.cache_leftpad));
-  FA_TRY(to_view(from->k_new, "k_new", to.k_new));
-  FA_TRY(to_view(from->v_new, "v_new", to.v_new));
-  FA_TRY(to_view(from->rotary_cos, "rotary_cos", to.rotary_cos));
-  FA_TRY(to_view(from->rotary_sin, "rotary_sin", to.rotary_sin));
+  for (const auto& tensor : kTensors) {
+    FA_TRY(to_view(from->*tensor.from, tensor.name, to.*tensor.to));
+  }
   to.rotary_interleaved = from->rotary_interleaved != 0;
   to.num_splits = from->num_splits;
   to.max_seqlen_q = from->max_seqlen_q;
@@ -216,38 +203,47 @@ Status to_core(const fa_attention_args* from, AttentionArgs& to) {
 
 Status to_core(const fa_attention_gradients* from, AttentionArgs& to) {
   FA_TRY(check_gradients(from, "gradients"));
-  FA_TRY(to_view(from->dout, "dout", to.dout));
-  FA_TRY(to_view(from->dq, "dq", to.dq));
-  FA_TRY(to_view(from->dk, "dk", to.dk));
-  FA_TRY(to_view(from->dv, "dv", to.dv));
-  FA_TRY(to_view(from->d_attn_bias, "d_attn_bias", to.d_attn_bias));
-  FA_TRY(to_view(from->d_learnable_sink, "d_learnable_sink", to.d_learnable_sink));
+  for (const auto& tensor : kGradients) {
+    FA_TRY(to_view(from->*tensor.from, tensor.name, to.*tensor.to));
+  }
   to.deterministic = from->deterministic != 0;
   return {};
 }
 
-// The views of a call, in `args`, and its problem.
-Result<AttentionProblem> read_forward(const fa_attention_args* c_args, AttentionArgs& args) {
-  FA_TRY(to_core(c_args, args));
-  return core::validate_forward(args);
+Result<AttentionProblem> check_views(const AttentionArgs& args, bool backward) {
+  return backward ? core::validate_backward(args) : core::validate_forward(args);
 }
 
-Result<AttentionProblem> read_backward(const fa_attention_args* c_args,
-                                       const fa_attention_gradients* c_gradients,
-                                       AttentionArgs& args) {
+// The lengths and pages of a call on a device, whose views have been checked.
+Status check_device_values(const AttentionArgs& args, bool backward, void* stream) {
+  AttentionArgs readable = args;
+  cuda::HostValues values;
+  FA_TRY(values.read(readable, stream));
+  return check_views(readable, backward).status();
+}
+
+// The views of a call, in `args`, and its problem. `c_gradients` is null in the forward.
+Result<AttentionProblem> read_call(const fa_attention_args* c_args,
+                                   const fa_attention_gradients* c_gradients, bool checks_values,
+                                   AttentionArgs& args) {
   FA_TRY(to_core(c_args, args));
-  FA_TRY(to_core(c_gradients, args));
-  return core::validate_backward(args);
+  if (c_gradients != nullptr) FA_TRY(to_core(c_gradients, args));
+  Result<AttentionProblem> problem = check_views(args, c_gradients != nullptr);
+  if (!problem.ok() || !checks_values || !args.values_are_real ||
+      args.q.device.type != core::DeviceType::kCuda ||
+      problem.value().layout == core::Layout::kDense) {
+    return problem;
+  }
+  FA_TRY(check_device_values(args, c_gradients != nullptr, c_args->stream));
+  return problem;
 }
 
 Status validate(const fa_attention_args* c_args, const fa_attention_gradients* c_gradients,
                 bool values_are_real) {
   AttentionArgs args;
   args.values_are_real = values_are_real;
-  const Result<AttentionProblem> problem = c_gradients == nullptr
-                                               ? read_forward(c_args, args)
-                                               : read_backward(c_args, c_gradients, args);
-  return problem.status();
+  const bool checks_values = core::environment::call_settings().checks_values;
+  return read_call(c_args, c_gradients, checks_values, args).status();
 }
 
 // ---- Running ----
@@ -322,18 +318,52 @@ Status run_plan(const core::Plan& plan, const AttentionArgs& args,
   return status;
 }
 
-std::string forced_backend(const fa_attention_args& args) {
-  return args.backend != nullptr ? std::string{args.backend} : core::environment::backend();
+std::string_view forced_backend(const fa_attention_args& args, const CallSettings& settings) {
+  return args.backend != nullptr ? std::string_view{args.backend} : settings.backend;
 }
 
-// `problem` and `args` are those of `c_args`.
-Status run(const Result<AttentionProblem>& problem, const AttentionArgs& args,
-           const fa_attention_args* c_args) {
+// The call of this kind that the thread has made before, given this call's tensors; null where it
+// has made none. Decisions that are to be told, or that other libraries have a part in, are taken
+// anew. Reads `key` unless the call can have none.
+KnownCall* find_known(const fa_attention_args& args, const fa_attention_gradients* gradients,
+                      const CallSettings& settings, CallKey& key) {
+  if (settings.verbose_dispatch || settings.wants_flaggems) return nullptr;
+  if (!key.read(args, gradients, forced_backend(args, settings), settings.checks_values)) {
+    return nullptr;
+  }
+  KnownCall* known = KnownCalls::of_thread().find(key);
+  if (known != nullptr) key.place(args, known->args);
+  return known;
+}
+
+// The forward, or with `c_gradients` the backward.
+Status run(const fa_attention_args* c_args, const fa_attention_gradients* c_gradients) {
+  FA_TRY(check_args(c_args));
+  const CallSettings settings = core::environment::call_settings();
+  CallKey key;
+  if (const KnownCall* known = find_known(*c_args, c_gradients, settings, key)) {
+    return run_plan(*known->plan, known->args, *c_args);
+  }
+  AttentionArgs args;
+  const Result<AttentionProblem> problem =
+      read_call(c_args, c_gradients, settings.checks_values, args);
   if (!problem.ok()) return problem.status();
   const Result<core::Choice> choice =
-      core::choose(problem.value(), args.q.device, forced_backend(*c_args));
+      core::choose(problem.value(), args.q.device, forced_backend(*c_args, settings));
   if (!choice.ok()) return choice.status();
-  return run_plan(*choice.value().plan, args, *c_args);
+  FA_TRY(run_plan(*choice.value().plan, args, *c_args));
+  if (key.complete()) KnownCalls::of_thread().insert(key, args, choice.value().plan);
+  return {};
+}
+
+Status run_known(const fa_attention_args* c_args, int32_t* ran) {
+  *ran = 0;
+  FA_TRY(check_args(c_args));
+  CallKey key;
+  const KnownCall* known = find_known(*c_args, nullptr, core::environment::call_settings(), key);
+  if (known == nullptr) return {};
+  *ran = 1;
+  return run_plan(*known->plan, known->args, *c_args);
 }
 
 // Where a text goes, as fa_explain() takes it.
@@ -358,7 +388,9 @@ struct TextBuffer {
 Status explain(const Result<AttentionProblem>& problem, const AttentionArgs& args,
                const fa_attention_args* c_args, const TextBuffer& to) {
   if (!problem.ok()) return problem.status();
-  to.write(core::to_string(core::explain(problem.value(), args.q.device, forced_backend(*c_args))));
+  const CallSettings settings = core::environment::call_settings();
+  to.write(core::to_string(
+      core::explain(problem.value(), args.q.device, forced_backend(*c_args, settings))));
   return {};
 }
 
@@ -598,10 +630,11 @@ void fa_attention_args_init(fa_attention_args* args) {
 }
 
 fa_status fa_forward(const fa_attention_args* args) {
-  return guarded([&] {
-    fa::core::AttentionArgs views;
-    return fa::api::run(fa::api::read_forward(args, views), views, args);
-  });
+  return guarded([&] { return fa::api::run(args, nullptr); });
+}
+
+fa_status fa_forward_known(const fa_attention_args* args, int32_t* ran) {
+  return guarded([&] { return fa::api::run_known(args, ran); });
 }
 
 fa_status fa_forward_oracle(const fa_attention_args* args, const fa_tensor* out,
@@ -614,7 +647,7 @@ fa_status fa_explain(const fa_attention_args* args, char* text, size_t capacity,
   to.clear();
   return guarded([&] {
     fa::core::AttentionArgs views;
-    return fa::api::explain(fa::api::read_forward(args, views), views, args, to);
+    return fa::api::explain(fa::api::read_call(args, nullptr, false, views), views, args, to);
   });
 }
 
@@ -630,9 +663,10 @@ void fa_attention_gradients_init(fa_attention_gradients* gradients) {
 }
 
 fa_status fa_backward(const fa_attention_args* args, const fa_attention_gradients* gradients) {
-  return guarded([&] {
-    fa::core::AttentionArgs views;
-    return fa::api::run(fa::api::read_backward(args, gradients, views), views, args);
+  return guarded([&]() -> fa::core::Status {
+    FA_TRY(fa::api::check_args(args));
+    FA_TRY(fa::api::check_gradients(gradients, "gradients"));
+    return fa::api::run(args, gradients);
   });
 }
 
@@ -648,7 +682,7 @@ fa_status fa_explain_backward(const fa_attention_args* args,
   to.clear();
   return guarded([&] {
     fa::core::AttentionArgs views;
-    return fa::api::explain(fa::api::read_backward(args, gradients, views), views, args, to);
+    return fa::api::explain(fa::api::read_call(args, gradients, false, views), views, args, to);
   });
 }
 

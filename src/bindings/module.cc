@@ -146,6 +146,22 @@ struct AttentionCall {
 
 void run_forward(const fa_attention_args& args) { check(fa_forward(&args)); }
 
+// Whether the call was of a kind that is known, and has run.
+bool run_known(const fa_attention_args& args) {
+  int32_t ran = 0;
+  check(fa_forward_known(&args, &ran));
+  return ran != 0;
+}
+
+// The same for a dense call without further tensors, which has fewer arguments to convert.
+bool run_known_dense(DLTensor* q, DLTensor* k, DLTensor* v, DLTensor* out, OptionalTensor lse,
+                     ffi::Optional<double> softmax_scale, bool causal, int64_t window_left,
+                     int64_t window_right, double softcap) {
+  return AttentionCall<run_known>::call(q, k, v, out, lse, {}, {}, {}, {}, {}, {}, {}, {}, 0, 0,
+                                        softmax_scale, causal, window_left, window_right, softcap,
+                                        0.0, 0, 0, {});
+}
+
 // A body over a KV cache, from one over the call's other arguments.
 template <auto kBody>
 struct WithKvcache {
@@ -298,7 +314,11 @@ using CallOf = decltype(deduce<kBody>(kBody));
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, CallOf<run_forward>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_known, CallOf<run_known>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_known_dense, run_known_dense)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_with_kvcache, CallOf<WithKvcache<run_forward>::call>::call)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_with_kvcache_known,
+                              CallOf<WithKvcache<run_known>::call>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward, CallOf<WithGradients<run_backward>::call>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_oracle, CallOf<run_oracle>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_oracle, CallOf<run_backward_oracle>::call)

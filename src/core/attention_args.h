@@ -55,7 +55,10 @@ struct AttentionArgs {
   // Lengths, rows and page numbers are checked where they lie on the CPU, unless the caller knows
   // that the tensors only stand for others.
   bool values_are_real = true;
-  bool values_are_readable() const { return values_are_real && q.device.type == DeviceType::kCpu; }
+  bool values_are_on_host = false;  // wherever q lies
+  bool values_are_readable() const {
+    return values_are_real && (values_are_on_host || q.device.type == DeviceType::kCpu);
+  }
 };
 
 // The softmax scale in force: semantics.md's default is D^-1/2.

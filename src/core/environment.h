@@ -2,13 +2,22 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 namespace fa::core::environment {
 
-// FLASH_ATTENTION_BACKEND, or "" (then the best that accepts a problem runs it). Read at each call.
-std::string backend();
+// What is read at each call.
+struct CallSettings {
+  std::string_view backend;  // FLASH_ATTENTION_BACKEND; "": the best that accepts a problem runs it
+  bool verbose_dispatch = false;  // FLASH_ATTENTION_VERBOSE contains "dispatch": each decision goes
+                                  // to standard error
+  bool wants_flaggems = false;    // FLASH_ATTENTION_USE_FLAGGEMS: implementations beyond this
+                                  // library come first
+  bool checks_values = false;     // FLASH_ATTENTION_CHECK: lengths, rows and pages that lie on a
+                                  // device are read and checked as well
+};
+CallSettings call_settings();
 
-// FLASH_ATTENTION_VERBOSE contains "dispatch": each decision goes to standard error.
 bool verbose_dispatch();
 
 // FLASH_ATTENTION_CACHE_DIR, else flash-attention-plus in XDG_CACHE_HOME or ~/.cache, else ""

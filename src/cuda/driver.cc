@@ -40,7 +40,11 @@ Status find_all(void* library, Driver& driver) {
   FA_TRY(find(library, "cuFuncSetAttribute", driver.set_function_attribute));
   FA_TRY(find(library, "cuLaunchKernel", driver.launch));
   FA_TRY(find(library, "cuMemsetD32Async", driver.set_words));
-  return find(library, "cuTensorMapEncodeTiled", driver.encode_tensor_map);
+  FA_TRY(find(library, "cuTensorMapEncodeTiled", driver.encode_tensor_map));
+  FA_TRY(find(library, "cuTensorMapReplaceAddress", driver.move_tensor_map));
+  FA_TRY(find(library, "cuMemcpyDtoHAsync_v2", driver.copy_to_host));
+  FA_TRY(find(library, "cuStreamSynchronize", driver.synchronize));
+  return find(library, "cuStreamIsCapturing", driver.is_capturing);
 }
 
 Result<Driver> load() {

@@ -60,6 +60,12 @@ struct Driver {
                                     const uint32_t* box, const uint32_t* element_strides,
                                     int interleave, int swizzle, int l2_promotion, int fill);
 
+  // Gives a map of the same tensor elsewhere.
+  DriverResult (*move_tensor_map)(TensorMap* map, void* address);
+  DriverResult (*copy_to_host)(void* to, uint64_t from, size_t bytes, StreamHandle stream);
+  DriverResult (*synchronize)(StreamHandle stream);
+  DriverResult (*is_capturing)(StreamHandle stream, int* status);
+
   // What `result` of `call` says; success gives an ok Status.
   core::Status check(DriverResult result, const char* call) const;
 };

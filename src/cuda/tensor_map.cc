@@ -1,5 +1,7 @@
 #include "cuda/tensor_map.h"
 
+#include <array>
+
 namespace fa::cuda {
 namespace {
 
@@ -12,18 +14,40 @@ constexpr int kPromote256Bytes = 3;
 constexpr uint32_t kBoxColumns = 64;
 constexpr int kRank = 4;
 
-}  // namespace
+// What a map depends on beside where its tensor lies.
+struct MapKey {
+  core::DataType dtype = core::DataType::kOther;
+  int rows = 0;  // of a box
+  int ndim = 0;
+  std::array<int64_t, core::kMaxRank> shape{}, strides{};
+  bool operator==(const MapKey&) const = default;
+};
 
-bool has_tensor_map(const core::TensorView& view) {
-  if (view.num_elements() == 0) return false;
-  for (int d = 0; d < view.ndim; ++d) {
-    if (view.shape[d] > 1 && view.strides[d] == 0) return false;
+// The maps that a thread has made last: moving one takes 0.02 us, making it 0.12 (on an H100's
+// host).
+class KnownMaps {
+ public:
+  const TensorMap* find(const MapKey& key) const {
+    for (const Entry& entry : entries_) {
+      if (entry.key == key) return &entry.map;
+    }
+    return nullptr;
   }
-  return true;
-}
+  void insert(const MapKey& key, const TensorMap& map) {
+    entries_[next_] = {key, map};
+    next_ = (next_ + 1) % entries_.size();
+  }
 
-core::Status make_tensor_map(const Driver& driver, const core::TensorView& view, int rows,
-                             TensorMap& map) {
+ private:
+  struct Entry {
+    MapKey key;
+    TensorMap map;
+  };
+  std::array<Entry, 8> entries_{};
+  size_t next_ = 0;
+};
+
+core::Status encode(const Driver& driver, const core::TensorView& view, int rows, TensorMap& map) {
   // Dimensions by what they are: d, row, head, batch. A tensor of rank 3 is one batch entry.
   const int row = view.ndim - 3;
   const int dims[kRank] = {row + 2, row, row + 1, row - 1};
@@ -44,6 +68,29 @@ core::Status make_tensor_map(const Driver& driver, const core::TensorView& view,
                                kRank, view.data, sizes, strides + 1, box, steps, /*interleave=*/0,
                                kSwizzle128Bytes, kPromote256Bytes, /*fill=*/0),
       "cuTensorMapEncodeTiled");
+}
+
+}  // namespace
+
+bool has_tensor_map(const core::TensorView& view) {
+  if (view.num_elements() == 0) return false;
+  for (int d = 0; d < view.ndim; ++d) {
+    if (view.shape[d] > 1 && view.strides[d] == 0) return false;
+  }
+  return true;
+}
+
+core::Status make_tensor_map(const Driver& driver, const core::TensorView& view, int rows,
+                             TensorMap& map) {
+  thread_local KnownMaps known;
+  const MapKey key{view.dtype, rows, view.ndim, view.shape, view.strides};
+  if (const TensorMap* before = known.find(key)) {
+    map = *before;
+    return driver.check(driver.move_tensor_map(&map, view.data), "cuTensorMapReplaceAddress");
+  }
+  FA_TRY(encode(driver, view, rows, map));
+  known.insert(key, map);
+  return {};
 }
 
 }  // namespace fa::cuda
