@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,12 @@ _empty_like = torch.empty_like
 _contiguous = torch.contiguous_format
 _float32 = torch.float32
 _is_grad_enabled = torch.is_grad_enabled
+# Without the dispatcher; on the current device.
+_empty_strided = {
+    device: function
+    for device in ("cpu", "cuda")
+    if (function := getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None))
+}
 # Read once: a call on the CPU may take 8 us in all.
 _native_on_cpu = _environment.native_serves_cpu()
 _Tensor = torch.Tensor
@@ -34,6 +41,8 @@ _is_compiling = torch.compiler.is_compiling
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _CLARIFIED = (TypeError, OverflowError, RuntimeError, BufferError)
+# After these a call is made again on the way that says what is wrong.
+_REPEATED = (*_CLARIFIED, ValueError, MemoryError)
 
 _NO_GRADIENT_THROUGH_PAGES = (
     "block_table: no implementation differentiates through pages; call under torch.no_grad(), or"
@@ -95,6 +104,88 @@ QKV_PACKED = Packing(("qkv",), (3,))
 KVCACHE_NAMES = ("q", "k_cache", "v_cache")
 
 
+def known_dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+) -> torch.Tensor | None:
+    """out of a call of a kind that this thread has made before; None, and nothing has happened, for
+    any other, for one that needs a gradient, and for one that is wrong."""
+    if not _is_plain(q, k, v):
+        return None
+    try:
+        left, right = window_size
+        numel, allocate, likely = _last_out
+        is_guess = q.numel() == numel
+        out = allocate(*likely) if is_guess else _empty_like(q)
+        if not _native.forward_known_dense(
+            q, k, v, out, None, softmax_scale, causal, left, right, softcap
+        ):
+            return None
+    except _REPEATED:
+        return None
+    if not is_guess:
+        _remember(q, out)
+    return out
+
+
+def known_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *arguments: Any,
+) -> torch.Tensor | None:
+    """known_dense() for sequences laid end to end; `arguments` are those of the native function
+    that follow S_dmask. On the CPU, where lengths are checked at each call, none is known."""
+    if not _is_plain(q, k, v) or q.is_cpu:
+        return None
+    try:
+        numel, allocate, likely = _last_out
+        is_guess = q.numel() == numel
+        out = allocate(*likely) if is_guess else _empty_like(q)
+        if not _native.forward_known(q, k, v, out, None, None, *arguments):
+            return None
+    except _REPEATED:
+        return None
+    if not is_guess:
+        _remember(q, out)
+    return out
+
+
+def _is_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether PyTorch's dispatcher and autograd have no interest in a call, and DLPack can lend its
+    tensors."""
+    return (
+        type(q) is type(k) is type(v) is _Tensor
+        and (q.is_cuda or q.is_cpu)
+        and not (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        and not _is_compiling()
+        and not _are_transforms_active()
+        and _num_dispatch_modes() == 0
+        and _forward_ad._current_level < 0
+    )
+
+
+# Of the last plain call: the elements of q, and how to make a tensor like its out, which takes half
+# as long as torch.empty_like. The native library notices a wrong guess.
+_NO_GUESS: tuple[int, Callable[..., torch.Tensor], tuple[Any, ...]] = (-1, _empty_like, ())
+_last_out = _NO_GUESS
+
+
+def _remember(q: torch.Tensor, out: torch.Tensor) -> None:
+    global _last_out
+    allocate = _empty_strided.get(out.device.type)
+    elsewhere = out.is_cuda and out.get_device() != torch.cuda.current_device()
+    if allocate is None or elsewhere:
+        _last_out = _NO_GUESS
+    else:
+        _last_out = q.numel(), allocate, (tuple(out.shape), out.stride(), out.dtype)
+
+
 def attention(
     packing: Packing,
     tensors: tuple[torch.Tensor, ...],
@@ -117,6 +208,8 @@ def attention(
     else:
         q, k, v = tensors if packing is SEPARATE else packing.unpack(tensors)
         out, lse, s_dmask, _ = forward(q, k, v, attn_bias, learnable_sink, options, False)
+        if packing is SEPARATE and (q.is_cuda or options.cu_seqlens_q is None):
+            _remember(q, out)
     if not options.return_attn_probs:
         return out
     if s_dmask is None:
@@ -177,10 +270,13 @@ def forward(
 def run_forward(*tensors_and_options: Any) -> None:
     """Writes out, lse and S_dmask; the arguments are those of _arguments."""
     arguments = _arguments(*tensors_and_options)
-    # The CPU's calls go straight to the native library, unless another backend is asked for.
-    serve = _native if arguments[0].is_cpu and _native_on_cpu else _backends()
+    q = arguments[0]
     try:
-        serve.forward(*arguments)
+        # The CPU's calls go straight to the native library, unless another backend is asked for.
+        if q.is_cpu and _native_on_cpu:
+            _native.forward(*arguments)
+        elif not (q.is_cuda and _native.forward_known(*arguments)):
+            _backends().forward(*arguments)
     except _CLARIFIED as error:
         clear = _native.clarify(error, arguments)
         raise clear from (None if clear is error else error)
@@ -420,9 +516,11 @@ def run_with_kvcache(
         *kvcache_arguments,
         *_arguments(q, *cache, out, lse, None, attn_bias, learnable_sink, options, 0),
     )
-    serve = _native if q.is_cpu and _native_on_cpu else _backends()
     try:
-        serve.forward_with_kvcache(*arguments)
+        if q.is_cpu and _native_on_cpu:
+            _native.forward_with_kvcache(*arguments)
+        elif not (q.is_cuda and _native.forward_with_kvcache_known(*arguments)):
+            _backends().forward_with_kvcache(*arguments)
     except ValueError as error:
         raise ValueError(_in_words_of_the_cache(str(error))) from None
     except _CLARIFIED as error:

@@ -212,14 +212,7 @@ def _order() -> tuple[str, ...]:
 
 def _native_serves(call: Call) -> bool:
     """Whether the native library may be asked: it raises where it has nothing that takes a call."""
-    if _is_fake(call.q) or call.q.device.type not in _native.DEVICE_TYPES:
-        return False
-    forced_another = bool(_forced(call)) and _forced(call) not in NAMES
-    return forced_another or bool(_native_names(call.q.device.type))
-
-
-def _native_names(device: str) -> list[str]:
-    return [name for name, _, _ in _native.implementations(_native.DEVICE_TYPES[device])]
+    return not _is_fake(call.q) and call.q.device.type in _native.DEVICE_TYPES
 
 
 # ---- Explaining. ----
@@ -279,7 +272,9 @@ def _validate(kind: Kind, arguments: tuple[Any, ...]) -> None:
     if not isinstance(q, torch.Tensor) or (q.is_cpu and not _is_fake(q)):
         return _checked(getattr(_native, kind.validate), kind, arguments)
     checks_values = _environment.checks_values() and q.device.type != "meta" and not _is_fake(q)
-    if q.device.type in _LENDABLE and not _is_fake(q) and not checks_values:
+    # The native library reads values where NVIDIA's driver is.
+    reads_values = q.device.type == "cuda" and torch.version.hip is None
+    if q.device.type in _LENDABLE and not _is_fake(q) and (reads_values or not checks_values):
         return _checked(getattr(_native, kind.validate), kind, arguments)
     _check_one_device(kind, arguments)
     function = kind.validate if checks_values else kind.validate_stand_ins

@@ -19,7 +19,10 @@ from typing import Any
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _FUNCTIONS = (
     "forward",
+    "forward_known",
+    "forward_known_dense",
     "forward_with_kvcache",
+    "forward_with_kvcache_known",
     "backward",
     "forward_oracle",
     "backward_oracle",
@@ -43,7 +46,10 @@ _FUNCTIONS = (
 # Arithmetic happens in these, and other Python threads run meanwhile.
 _WITHOUT_GIL = (
     "forward",
+    "forward_known",
+    "forward_known_dense",
     "forward_with_kvcache",
+    "forward_with_kvcache_known",
     "backward",
     "forward_oracle",
     "backward_oracle",
@@ -118,7 +124,10 @@ def _on_first_call(name: str) -> Callable[..., Any]:
 
 
 forward = _on_first_call("forward")
+forward_known = _on_first_call("forward_known")
+forward_known_dense = _on_first_call("forward_known_dense")
 forward_with_kvcache = _on_first_call("forward_with_kvcache")
+forward_with_kvcache_known = _on_first_call("forward_with_kvcache_known")
 backward = _on_first_call("backward")
 forward_oracle = _on_first_call("forward_oracle")
 backward_oracle = _on_first_call("backward_oracle")

@@ -56,6 +56,8 @@ from ._attention import (
     Result,
     attention,
     check_tensors,
+    known_dense,
+    known_varlen,
     length,
     with_kvcache,
 )
@@ -249,6 +251,17 @@ def flash_attn_func(
         NotImplementedError: nothing serves the tensors' device, or a gradient through pages is
             required.
     """
+    if not (
+        dropout_p != 0.0
+        or return_attn_probs
+        or alibi_slopes is not None
+        or attn_bias is not None
+        or learnable_sink is not None
+        or s_aux is not None
+    ):
+        out = known_dense(q, k, v, softmax_scale, causal, window_size, softcap)
+        if out is not None:
+            return out
     return attention(
         SEPARATE,
         (q, k, v),
@@ -420,6 +433,25 @@ def flash_attn_varlen_func(
     Raises:
         ValueError, TypeError, NotImplementedError: as flash_attn_func.
     """
+    if not (
+        dropout_p != 0.0
+        or return_attn_probs
+        or alibi_slopes is not None
+        or attn_bias is not None
+        or learnable_sink is not None
+        or s_aux is not None
+    ):
+        try:
+            left, right = window_size
+        except (TypeError, ValueError):
+            left = right = None  # refused below
+        out = known_varlen(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, None, None, None,
+            max_seqlen_q, max_seqlen_k, softmax_scale, causal, left, right, softcap,
+            0.0, 0, 0, None,
+        )  # fmt: skip
+        if out is not None:
+            return out
     return attention(
         SEPARATE,
         (q, k, v),
