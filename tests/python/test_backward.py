@@ -225,3 +225,27 @@ def test_no_queries_give_zero_gradients():
     q, k, v = (x.requires_grad_() for x in tensors(2, 0, 5))
     dq, dk, dv = torch.autograd.grad(flash_attn_func(q, k, v).sum(), (q, k, v))
     assert dq.shape == q.shape and not dk.any() and not dv.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_head_is_differentiated_alike_by_one_task_and_by_many(dtype):
+    """Long heads are cut into chunks of keys; few threads take them whole, many chunk by chunk."""
+    threads = torch.get_num_threads()
+    q, k, v = (x.requires_grad_() for x in tensors(1, 1100, 1100, 2, 2, 128, dtype=dtype))
+    results = []
+    try:
+        for count in (1, 2, 3, 16):
+            torch.set_num_threads(count)
+            out = flash_attn_func(q, k, v, causal=True)
+            results.append(torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
+    finally:
+        torch.set_num_threads(threads)
+    exact = [x.detach().double().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    out = attend(*exact, is_causal=True)
+    for gradients in results[1:]:
+        assert all(map(torch.equal, gradients, results[0]))
+    wanted = torch.autograd.grad(out, exact, torch.ones_like(out))
+    for gradient, oracle in zip(results[0], wanted):
+        error = (gradient.double() - oracle.transpose(1, 2)).abs().max()
+        assert error <= GRADIENT_BOUND[dtype] * oracle.abs().max()
