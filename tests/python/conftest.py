@@ -40,7 +40,14 @@ def move_calls_to(device: str) -> None:
     from flash_attn import dlpack
 
     def there(x: Any) -> Any:
-        return x.to(device) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x
+        if not isinstance(x, torch.Tensor) or x.device.type != "cpu":
+            return x
+        if x.requires_grad or x.layout != torch.strided or x.is_neg() or x.is_conj():
+            return x.to(device)
+        # to() lays some strides out anew.
+        storage = x.untyped_storage()
+        whole = x.new_empty(0).set_(storage, 0, (storage.nbytes() // x.element_size(),))
+        return whole.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
     def back(x: Any) -> Any:
         return type(x)(map(back, x)) if isinstance(x, (tuple, list)) else x.cpu()
