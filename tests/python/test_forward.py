@@ -31,6 +31,7 @@ OPTIONS = {
     "plain": {},
     "causal": {"causal": True},
     "scale": {"softmax_scale": 0.3},
+    "scale_of_zero": {"softmax_scale": 0.0, "causal": True},
     "window": {"window_size": (17, 3)},
     "window_left_causal": {"window_size": (20, -1), "causal": True},
     "softcap": {"softcap": 5.0},

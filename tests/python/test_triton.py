@@ -12,10 +12,14 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is in requirements-dev.txt")
 
+from support import assert_close, out_bound, tensors
 from triton_targets import TARGETS, call, launches_compile
 
+from flash_attn import dlpack, flash_attn_func
 from flash_attn._call import Cache, Gradients, Request
-from flash_attn.triton import launch
+from flash_attn.triton import launch, tiles
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 HERE = Path(__file__).parent
 
@@ -34,7 +38,7 @@ def launch_all_kernels() -> None:
 
     pages = plain.k.view(16, 16, 2, 64)
     q, new, angles = plain.q[:, :1], pages[:1, :1], torch.zeros(256, 8)
-    cache = Cache(int32(200), None, int32(3), new, new, angles, angles, True, 4)
+    cache = Cache(int32(200), None, int32(3), new, new, angles, angles, True, 40)
     table = torch.arange(16, dtype=torch.int32)[None]
     paged = plain._replace(q=q, k=pages, v=pages, out=q, lse=None, block_table=table)
     launch.run(Request(paged._replace(attn_bias=None), cache))
@@ -82,12 +86,39 @@ def test_every_option_compiles(name):
     assert all(kernel.binary for kernel in compiled)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"window_size": (30, 5)}, {"softcap": 5.0, "attn_bias": torch.ones(1)}],
+    ids=["plain", "causal", "window", "options"],
+)
+@pytest.mark.skipif(not ON_HOPPER, reason="tensor descriptors are used on Hopper")
+def test_problems_of_any_size_may_be_described(options, head_dim, dtype, monkeypatch):
+    # Large ones are, which the suites have none of.
+    monkeypatch.setattr(launch, "_DESCRIBED_FROM", 0)
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(tiles, "_chosen", {})
+    monkeypatch.setenv("FLASH_ATTENTION_BACKEND", "triton")
+    q, k, v = tensors(2, 150, 210, head_dim=head_dim, dtype=dtype)
+    on_device = []
+    for x in (q, k, v):  # between NaN, which must not be read
+        space = torch.full((3, *x.shape), float("nan"), dtype=dtype, device="cuda")
+        space[1] = x
+        on_device.append(space[1])
+    there = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    out, lse, _ = flash_attn_func(*on_device, return_attn_probs=True, **there)
+    assert any(choice.kind == tiles.DESCRIBED for choice in tiles._chosen)
+    bound = out_bound(q, 210, options)
+    assert_close(out.cpu(), lse.cpu(), dlpack.oracle(q, k, v, **options), bound)
+
+
 def test_the_suites_hold_in_the_interpreter():
     """A sample of each, in fp32 and fp16; `pytest --backend triton --device cuda` runs them whole.
 
     Triton's interpreter rounds to bf16 by cutting bits off, which is not within the bounds."""
     sample = (
-        "(dense_meets and (window or everything) or head_dim and 3-5 or empty_problems"
+        "(dense_meets and (window or everything or of_zero) or head_dim and 3-5 or empty_problems"
         " or without_visible or pages_equal or dense_gradients and (dropout or alibi)"
         " or attn_bias_has and shape1 or sink_has or nan_past or dropout_meets and 0.5"
         " or token_by_token and 16 and halves and dtype1 or rows_and_left)"

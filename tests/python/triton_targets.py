@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flash_attn._call import Call
 from flash_attn.triton import tiles
@@ -83,13 +84,11 @@ def launches_compile(target: Target, largest: int) -> Iterator[list[Compiled]]:
     Tiles are those of its table, cut to `largest` queries and keys: more takes compilers long."""
     compiled: list[Compiled] = []
 
-    def run(
-        kernel: JITFunction, *values: Any, grid: Any, warmup: bool, num_warps: int, num_stages: int
-    ) -> None:
+    def run(kernel: JITFunction, *values: Any, grid: Any, warmup: bool, **options: int) -> None:
         result = triton.compile(
             _source(kernel, dict(zip(kernel.arg_names, values))),
             target=target.gpu,
-            options={"num_warps": num_warps, "num_stages": num_stages},
+            options=options,
         )
         if result.metadata.shared > target.shared:
             raise OutOfResources(result.metadata.shared, target.shared, "shared memory")
@@ -121,7 +120,10 @@ def _source(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            element, box = POINTERS[value.base.dtype][1:], list(value.block_shape)
+            signature[parameter.name] = f"tensordesc<{element}{box}>"
+        elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"

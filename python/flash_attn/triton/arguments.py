@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .._call import Call
+from .vocabulary import Dims, Options
 
 # Bounds are compared with int32 positions.
 _UNBOUNDED = 2**30
@@ -33,8 +34,9 @@ def lse_strides(lse: torch.Tensor | None) -> dict[str, int]:
 
 
 def scores(call: Call) -> dict[str, Any]:
-    """What scores and dropout are made of."""
+    """What scores and dropout are made of, and what a kernel is compiled for."""
     left, right = call.band
+    d, dv = call.q.size(-1), call.v.size(-1)
     bias = call.bias_over_scores()
     of_bias = (0, 0, 0, 0)
     if bias is not None:
@@ -49,22 +51,15 @@ def scores(call: Call) -> dict[str, Any]:
         "right": min(max(right, 0), _UNBOUNDED),
         "threshold": call.dropout_threshold,
         "keep_scale": 1.0 / (1.0 - call.dropout_p),
-        "HAS_LEFT": left >= 0,
-        "HAS_RIGHT": right >= 0,
-        "SOFTCAP": call.softcap > 0.0,
-        "DROPOUT": call.dropout_p > 0.0,
-    }
-
-
-def dims(call: Call) -> dict[str, Any]:
-    """head_dim and head_dim_v, and what they are padded to."""
-    d, dv = call.q.size(-1), call.v.size(-1)
-    return {
-        "D": d,
-        "DV": dv,
-        "BLOCK_D": padded(d),
-        "BLOCK_DV": padded(dv),
-        "PRECISION": "ieee",
+        "OPTIONS": Options(
+            has_left=left >= 0,
+            has_right=right >= 0,
+            softcap=call.softcap > 0.0,
+            alibi=slopes is not None,
+            boolean=is_boolean(call),
+            dropout=call.dropout_p > 0.0,
+        ),
+        "DIMS": Dims(d, dv, padded(d), padded(dv)),
     }
 
 

@@ -20,6 +20,7 @@ from .vocabulary import (
     add_bias,
     is_visible,
     load_rows,
+    row_of,
     sequence_of_queries,
     softcap_tanh,
 )
@@ -54,62 +55,44 @@ def delta_kernel(
     begin, length = sequence_of_queries(batch, CU_Q, seqlen_q)
     if block * BLOCK_M >= length:
         return
-    batch = tl.cast(batch, tl.int64)
-    begin = tl.cast(begin, tl.int64)
-    OUT += batch * stride_out_batch + begin * stride_out + head * stride_out_head
-    DOUT += batch * stride_dout_batch + begin * stride_dout + head * stride_dout_head
+    OUT = row_of(OUT, batch, begin, head, stride_out_batch, stride_out, stride_out_head)
+    DOUT = row_of(DOUT, batch, begin, head, stride_dout_batch, stride_dout, stride_dout_head)
     out = load_rows(OUT, block * BLOCK_M, length, stride_out, BLOCK_M, DV, BLOCK_DV, True)
     dout = load_rows(DOUT, block * BLOCK_M, length, stride_dout, BLOCK_M, DV, BLOCK_DV, True)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    DELTA += batch * stride_lse_batch + tl.cast(head, tl.int64) * stride_lse_head + begin
+    DELTA = row_of(DELTA, batch, begin, head, stride_lse_batch, 1, stride_lse_head)
     tl.store(DELTA + i, delta, mask=i < length)
 
 
 @triton.jit
+def row_terms(LSE, DELTA, i, len_q):
+    """lse, in log2, and delta of queries i; of those past the last, +inf and 0, so that P is 0."""
+    lse = tl.load(LSE + i, mask=i < len_q, other=float("inf")) * LOG2E
+    return lse, tl.load(DELTA + i, mask=i < len_q, other=0.0)
+
+
+@triton.jit
 def gradient_tile(
-    qk,
-    dp,
-    i,
-    j,
-    lse,
-    delta,
-    kept,
-    len_q,
-    len_k,
-    slope,
-    BIAS,
-    stride_bias_i,
-    stride_bias_j,
-    scale,
-    softcap,
-    left,
-    right,
-    keep_scale,
-    MASKED: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    BOOLEAN: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
+    qk, dp, i, j, lse, delta, kept, scores, keep_scale,
+    MASKED: tl.constexpr, OPTIONS: tl.constexpr,
+):  # fmt: skip
     """(P M, dS, dS times softcap's slope) of a tile in either orientation, from qk = Q K^T
     and dp = dout V^T. lse, in log2, is +inf where there is no query."""
+    _, BIAS, _, _, _, _, scale, softcap, _, _ = scores
     slope_of_cap = 1.0
-    if SOFTCAP:
+    if OPTIONS.softcap:
         capped = softcap_tanh(qk, scale, softcap)
         slope_of_cap = 1.0 - capped * capped
         s = capped * (softcap * LOG2E)
     else:
         s = qk * (scale * LOG2E)
-    s = add_bias(s, i, j, len_q, len_k, slope, BIAS, stride_bias_i, stride_bias_j, ALIBI, BOOLEAN)
+    s = add_bias(s, i, j, scores, OPTIONS)
     if MASKED:
-        visible = is_visible(i, j, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
-        s = tl.where(visible, s, float("-inf"))
+        s = tl.where(is_visible(i, j, scores, OPTIONS), s, float("-inf"))
     p = tl.exp2(s - lse)
     weights = p
-    if DROPOUT:
+    if OPTIONS.dropout:
         factor = tl.where(kept, keep_scale, 0.0)
         weights = p * factor
         dp = dp * factor

@@ -5,15 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import gradient_tile
+from .backward import gradient_tile, row_terms
 from .vocabulary import (
-    LOG2E,
     VARIABLE,
     keep_mask,
     load_rows,
     product,
+    row_of,
     sequence_of_keys,
     sequence_of_queries,
+    slope_of,
 )
 
 
@@ -74,21 +75,13 @@ def bias_gradient_kernel(
     OVER_HEADS: tl.constexpr,
     OVER_I: tl.constexpr,
     OVER_J: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Program: (batch, head, block of queries, block of keys) of D_BIAS; it walks through those of
     the scores that OVER_ says the bias has one entry for. seqlen_q and seqlen_k are the longest."""
-    ALIBI: tl.constexpr = SLOPES is not None
     program = tl.program_id(0)
     mine_j = 0 if OVER_J else program % blocks_j
     program = program if OVER_J else program // blocks_j
@@ -104,44 +97,45 @@ def bias_gradient_kernel(
     for step in tl.range(0, batches * heads * rows * columns):
         block_j = mine_j + step % columns
         block_i = mine_i + step // columns % rows
-        head = tl.cast(mine_head + step // columns // rows % heads, tl.int64)
+        head = mine_head + step // columns // rows % heads
         batch = mine_batch + step // columns // rows // heads
         q_begin, len_q = sequence_of_queries(batch, CU_Q, seqlen_q)
         _, k_begin, len_k = sequence_of_keys(batch, CU_K, USED_K, None, None, None, seqlen_k, 0)
-        batch64 = tl.cast(batch, tl.int64)
-        q_begin = tl.cast(q_begin, tl.int64)
-        k_begin = tl.cast(k_begin, tl.int64)
         kv_head = head // heads_per_kv
-        q_of = Q + batch64 * stride_q_batch + q_begin * stride_q + head * stride_q_head
-        dout_of = DOUT + batch64 * stride_dout_batch + q_begin * stride_dout
-        dout_of += head * stride_dout_head
-        k_of = K + batch64 * stride_k_batch + k_begin * stride_k + kv_head * stride_k_head
-        v_of = V + batch64 * stride_v_batch + k_begin * stride_v + kv_head * stride_v_head
+        q_of = row_of(Q, batch, q_begin, head, stride_q_batch, stride_q, stride_q_head)
+        k_of = row_of(K, batch, k_begin, kv_head, stride_k_batch, stride_k, stride_k_head)
+        v_of = row_of(V, batch, k_begin, kv_head, stride_v_batch, stride_v, stride_v_head)
+        dout_of = row_of(
+            DOUT, batch, q_begin, head, stride_dout_batch, stride_dout, stride_dout_head
+        )
+        lse_of = row_of(LSE, batch, q_begin, head, stride_lse_batch, 1, stride_lse_head)
+        delta_of = row_of(DELTA, batch, q_begin, head, stride_lse_batch, 1, stride_lse_head)
+        scores = (
+            slope_of(SLOPES, batch, head, stride_slopes),
+            BIAS if BIAS is None else row_of(
+                BIAS, batch, 0, head, stride_bias_batch, 0, stride_bias_head
+            ),
+            stride_bias_i, stride_bias_j, len_q, len_k, scale, softcap, left, right,
+        )  # fmt: skip
         first_i = block_i * BLOCK_M
         first_j = block_j * BLOCK_N
-        q = load_rows(q_of, first_i, len_q, stride_q, BLOCK_M, D, BLOCK_D, True)
-        dout = load_rows(dout_of, first_i, len_q, stride_dout, BLOCK_M, DV, BLOCK_DV, True)
-        k = load_rows(k_of, first_j, len_k, stride_k, BLOCK_N, D, BLOCK_D, True)
-        v = load_rows(v_of, first_j, len_k, stride_v, BLOCK_N, DV, BLOCK_DV, True)
+        q = load_rows(q_of, first_i, len_q, stride_q, BLOCK_M, DIMS.qk, DIMS.padded_qk, True)
+        dout = load_rows(dout_of, first_i, len_q, stride_dout, BLOCK_M, DIMS.v, DIMS.padded_v, True)
+        k = load_rows(k_of, first_j, len_k, stride_k, BLOCK_N, DIMS.qk, DIMS.padded_qk, True)
+        v = load_rows(v_of, first_j, len_k, stride_v, BLOCK_N, DIMS.v, DIMS.padded_v, True)
         i = first_i + tl.arange(0, BLOCK_M)
         j = first_j + tl.arange(0, BLOCK_N)
-        row = batch64 * stride_lse_batch + head * stride_lse_head + q_begin
-        lse = tl.load(LSE + row + i, mask=i < len_q, other=float("inf")) * LOG2E
-        delta = tl.load(DELTA + row + i, mask=i < len_q, other=0.0)
-        slope = 0.0
-        if ALIBI:
-            slope = tl.load(SLOPES + batch * stride_slopes + head)
-        bias = BIAS + batch64 * stride_bias_batch + head * stride_bias_head
+        lse, delta = row_terms(lse_of, delta_of, i, len_q)
         kept = True
-        if DROPOUT:
-            batch_head = tl.zeros((BLOCK_M,), tl.int32) + (batch * num_heads + head).to(tl.int32)
-            kept = keep_mask(batch_head, i, first_j, key0, key1, counter3, threshold, BLOCK_N)
+        if OPTIONS.dropout:
+            heads_of_rows = tl.zeros((BLOCK_M,), tl.int32) + (batch * num_heads + head)
+            dropout = (key0, key1, counter3, threshold)
+            kept = keep_mask(heads_of_rows, i, first_j, dropout, BLOCK_N)
         _, ds, _ = gradient_tile(
-            product(q, tl.trans(k), None, PRECISION),
-            product(dout, tl.trans(v), None, PRECISION),
-            i[:, None], j[None, :], lse[:, None], delta[:, None], kept, len_q, len_k, slope,
-            bias, stride_bias_i, stride_bias_j, scale, softcap, left, right, keep_scale,
-            True, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, False, DROPOUT,
+            product(q, tl.trans(k), None),
+            product(dout, tl.trans(v), None),
+            i[:, None], j[None, :], lse[:, None], delta[:, None], kept, scores, keep_scale,
+            True, OPTIONS,
         )  # fmt: skip
         total += ds
     if OVER_I:

@@ -29,6 +29,7 @@ def combine_kernel(
     batch_size,
     num_splits,
     SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
@@ -43,28 +44,31 @@ def combine_kernel(
         if token >= tl.load(CU_Q + batch_size):
             return
     split = tl.arange(0, SPLITS)
-    lse = tl.load(
-        PARTIAL_LSE + split * stride_lse_split + head * num_tokens + token,
-        mask=split < num_splits,
-        other=float("-inf"),
-    )
+    of_lse = PARTIAL_LSE + head * num_tokens + token
+    lse = tl.load(of_lse + split * stride_lse_split, mask=split < num_splits, other=float("-inf"))
     greatest = tl.max(lse, 0)
     if SINK is not None:
         sink = tl.load(SINK + head).to(tl.float32) * LOG2E
         greatest = tl.maximum(greatest, sink)
     shift = tl.where(greatest == float("-inf"), 0.0, greatest)
-    weight = tl.exp2(lse - shift)
-    total = tl.sum(weight, 0)
+    total = tl.sum(tl.exp2(lse - shift), 0)
     if SINK is not None:
         total += tl.exp2(sink - shift)
     empty = total == 0.0
     d = tl.arange(0, BLOCK_DV)
     rows = PARTIAL + (token * num_heads + head) * DV
     acc = tl.zeros((BLOCK_DV,), tl.float32)
-    for s in range(num_splits):
-        part = tl.load(rows + s * stride_partial_split + d, mask=d < DV, other=0.0)
-        mine = tl.sum(tl.where(split == s, weight, 0.0), 0)
-        acc += part * mine
+    # Loads of several splits are under way at once: one after the other, each waits for memory.
+    for first in tl.range(0, num_splits, AT_ONCE):
+        some = first + tl.arange(0, AT_ONCE)
+        real = some < num_splits
+        part = tl.load(
+            rows + some[:, None] * stride_partial_split + d[None, :],
+            mask=real[:, None] & (d < DV)[None, :],
+            other=0.0,
+        )
+        lse_of_some = tl.load(of_lse + some * stride_lse_split, mask=real, other=float("-inf"))
+        acc += tl.sum(part * tl.exp2(lse_of_some - shift)[:, None], 0)
     acc = acc / tl.where(empty, 1.0, total)
     within = token - batch * seqlen_q
     if CU_Q is not None:

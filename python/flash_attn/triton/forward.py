@@ -20,112 +20,80 @@ from .vocabulary import (
     load_paged_rows,
     load_rows,
     product,
+    row_of,
     sequence_of_keys,
     sequence_of_queries,
+    slope_of,
     softcap_tanh,
 )
 
 
 @triton.jit
+def load_block(
+    tensor, start, length, pages, DESCRIBED: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows start to start + BLOCK_N of k or v. `tensor` is (address, stride of pages, stride of
+    rows), DESCRIBED (descriptor, entry, head); `pages` the address of the page numbers and the
+    first token in them."""
+    if DESCRIBED:
+        x = tensor[0].load([tensor[1], start, tensor[2], 0]).reshape(BLOCK_N, DIM)
+    elif PAGE_SIZE > 0:
+        x = load_paged_rows(
+            tensor[0], start, length, tensor[1], tensor[2], pages[0], pages[1],
+            PAGE_SIZE, BLOCK_N, DIM, BLOCK_DIM,
+        )  # fmt: skip
+    else:
+        x = load_rows(tensor[0], start, length, tensor[2], BLOCK_N, DIM, BLOCK_DIM, MASKED)
+    return x
+
+
+@triton.jit
 def attend(
-    acc,
-    greatest,
-    total,
-    q,
-    i,
-    head,
-    slope,
-    first,
-    end,
-    K,
-    V,
-    PAGES,
-    BIAS,
-    k_begin,
-    len_q,
-    len_k,
-    batch_head,
-    stride_k_block,
-    stride_k,
-    stride_v_block,
-    stride_v,
-    stride_bias_i,
-    stride_bias_j,
-    scale,
-    softcap,
-    left,
-    right,
-    key0,
-    key1,
-    counter3,
-    threshold,
-    MASKED: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    BOOLEAN: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    acc, greatest, total, q, i, first, end, k_of, v_of, pages, scores, batch_head, dropout,
+    MASKED: tl.constexpr, DESCRIBED: tl.constexpr, OPTIONS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, DIMS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """The online softmax over keys first to end; with MASKED some rows may not see some of them."""
-    PLAIN: tl.constexpr = not SOFTCAP and not ALIBI and BIAS is None
+    _, BIAS, _, _, _, len_k, scale, softcap, _, _ = scores
+    PLAIN: tl.constexpr = not OPTIONS.softcap and not OPTIONS.alibi and BIAS is None
     for start in tl.range(first, end, BLOCK_N):
-        if PAGE_SIZE > 0:
-            k = load_paged_rows(
-                K, start, len_k, stride_k_block, stride_k, PAGES, k_begin,
-                PAGE_SIZE, BLOCK_N, D, BLOCK_D,
-            )  # fmt: skip
-        else:
-            k = load_rows(K, start, len_k, stride_k, BLOCK_N, D, BLOCK_D, MASKED)
+        k = load_block(
+            k_of, start, len_k, pages, DESCRIBED, PAGE_SIZE,
+            BLOCK_N, DIMS.qk, DIMS.padded_qk, MASKED,
+        )  # fmt: skip
         j = (start + tl.arange(0, BLOCK_N))[None, :]
-        s = product(q, tl.trans(k), None, PRECISION)  # [M, N] fp32
+        s = product(q, tl.trans(k), None)  # [M, N] fp32
         if PLAIN:
             if MASKED:
-                visible = is_visible(i, j, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
-                s = tl.where(visible, s, float("-inf"))
+                s = tl.where(is_visible(i, j, scores, OPTIONS), s, float("-inf"))
             higher = tl.maximum(greatest, tl.max(s, 1) * (scale * LOG2E))
             # A row that has seen no key yet keeps -inf, and p = 0.
             shift = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
             p = tl.exp2(s * (scale * LOG2E) - shift[:, None])
         else:
-            if SOFTCAP:
+            if OPTIONS.softcap:
                 s = softcap_tanh(s, scale, softcap) * (softcap * LOG2E)
             else:
                 s = s * (scale * LOG2E)
-            s = add_bias(
-                s, i, j, len_q, len_k, slope, BIAS, stride_bias_i, stride_bias_j, ALIBI, BOOLEAN
-            )
+            s = add_bias(s, i, j, scores, OPTIONS)
             if MASKED:
-                visible = is_visible(i, j, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
-                s = tl.where(visible, s, float("-inf"))
+                s = tl.where(is_visible(i, j, scores, OPTIONS), s, float("-inf"))
             higher = tl.maximum(greatest, tl.max(s, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             p = tl.exp2(s - shift[:, None])
         shrink = tl.exp2(greatest - shift)
         total = total * shrink + tl.sum(p, 1)
-        greatest = higher
-        if DROPOUT:
+        if OPTIONS.dropout:
             rows = tl.reshape(i, (i.shape[0],))
-            kept = keep_mask(
-                batch_head + head, rows, start, key0, key1, counter3, threshold, BLOCK_N
-            )
-            p = tl.where(kept, p, 0.0)
+            p = tl.where(keep_mask(batch_head, rows, start, dropout, BLOCK_N), p, 0.0)
         acc = acc * shrink[:, None]
-        if PAGE_SIZE > 0:
-            v = load_paged_rows(
-                V, start, len_k, stride_v_block, stride_v, PAGES, k_begin,
-                PAGE_SIZE, BLOCK_N, DV, BLOCK_DV,
-            )  # fmt: skip
-        else:
-            v = load_rows(V, start, len_k, stride_v, BLOCK_N, DV, BLOCK_DV, MASKED)
-        acc = product(p.to(v.dtype), v, acc, PRECISION)  # [M, DV] fp32
+        v = load_block(
+            v_of, start, len_k, pages, DESCRIBED, PAGE_SIZE,
+            BLOCK_N, DIMS.v, DIMS.padded_v, MASKED,
+        )  # fmt: skip
+        acc = product(p.to(v.dtype), v, acc)  # [M, DV] fp32
+        greatest = higher
     return acc, greatest, total
 
 
@@ -183,25 +151,18 @@ def forward_kernel(
     right,
     threshold,
     keep_scale,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BOOLEAN: tl.constexpr,
-    DROPOUT: tl.constexpr,
     SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Program: (batch, head or group of heads, split, block of rows), the last one fastest. With
-    SPLIT, OUT and LSE are workspaces in fp32, and LSE is in log2."""
-    ALIBI: tl.constexpr = SLOPES is not None
+    SPLIT, OUT and LSE are workspaces in fp32, and LSE is in log2. DESCRIBED: Q, K and V are tensor
+    descriptors, of boxes [1, BLOCK, 1, head_dim]."""
     program = tl.program_id(0)
     # The last queries see the most keys under a causal mask: they begin first.
     block = num_blocks - 1 - program % num_blocks
@@ -223,52 +184,49 @@ def forward_kernel(
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     i = row // GROUP
     head = first_head + row % GROUP
-    wide_batch = tl.cast(batch, tl.int64)
-    Q += wide_batch * stride_q_batch + tl.cast(q_begin, tl.int64) * stride_q
-    d = tl.arange(0, BLOCK_D)
     real = i < len_q
-    q = tl.load(
-        Q + i.to(tl.int64)[:, None] * stride_q + head[:, None] * stride_q_head + d[None, :],
-        mask=real[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
     kv_head = first_head // heads_per_kv
-    K += tl.cast(kv_head, tl.int64) * stride_k_head
-    V += tl.cast(kv_head, tl.int64) * stride_v_head
-    pages = TABLE
-    if PAGE_SIZE > 0:
-        pages = TABLE + wide_batch * stride_table
+    if DESCRIBED:
+        D: tl.constexpr = DIMS.qk
+        q = Q.load([batch, block * BLOCK_M, first_head, 0]).reshape(BLOCK_M, D)
+        k_of = (K, k_row, kv_head)
+        v_of = (V, k_row, kv_head)
     else:
-        k_row = tl.cast(k_row, tl.int64)
-        K += k_row * stride_k_batch + tl.cast(k_begin, tl.int64) * stride_k
-        V += k_row * stride_v_batch + tl.cast(k_begin, tl.int64) * stride_v
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(SLOPES + batch * stride_slopes + head)[:, None]
-    bias = BIAS
-    if BIAS is not None:
-        bias = BIAS + wide_batch * stride_bias_batch + (head * stride_bias_head)[:, None]
-
-    begin, full_begin, full_end, end = key_ranges(
-        block * BLOCK_M // GROUP,
-        tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, len_q - 1),
-        len_q, len_k, left, right, split, num_splits, HAS_LEFT, HAS_RIGHT, SPLIT, BLOCK_N,
+        k_first = k_begin
+        if PAGE_SIZE > 0:
+            TABLE += tl.cast(batch, tl.int64) * stride_table
+            k_row = 0
+            k_first = 0
+        K = row_of(K, k_row, k_first, kv_head, stride_k_batch, stride_k, stride_k_head)
+        V = row_of(V, k_row, k_first, kv_head, stride_v_batch, stride_v, stride_v_head)
+        k_of = (K, stride_k_batch, stride_k)
+        v_of = (V, stride_v_batch, stride_v)
+        d = tl.arange(0, DIMS.padded_qk)
+        Q = row_of(Q, batch, q_begin, 0, stride_q_batch, stride_q, stride_q_head)
+        Q += i.to(tl.int64)[:, None] * stride_q + head[:, None] * stride_q_head
+        q = tl.load(Q + d[None, :], mask=real[:, None] & (d < DIMS.qk)[None, :], other=0.0)
+    scores = (
+        slope_of(SLOPES, batch, head[:, None], stride_slopes),
+        BIAS if BIAS is None else row_of(
+            BIAS, batch, 0, head[:, None], stride_bias_batch, 0, stride_bias_head
+        ),
+        stride_bias_i, stride_bias_j, len_q, len_k, scale, softcap, left, right,
     )  # fmt: skip
+    first_i = block * BLOCK_M // GROUP
+    last_i = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, len_q - 1)
+    edges = key_ranges(first_i, last_i, scores, split, num_splits, SPLIT, OPTIONS, BLOCK_N)
+    BLOCK_DV: tl.constexpr = DIMS.padded_v
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     greatest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for phase in tl.static_range(3):
         # Blocks at the left edge of the window, blocks that all rows see, blocks at the right edge.
-        if phase == 1 or phase == 2 or HAS_LEFT:
+        if phase > 0 or OPTIONS.has_left:
             acc, greatest, total = attend(
-                acc, greatest, total, q, i[:, None], head, slope,
-                begin if phase == 0 else (full_begin if phase == 1 else full_end),
-                full_begin if phase == 0 else (full_end if phase == 1 else end),
-                K, V, pages, bias, k_begin, len_q, len_k, batch * num_heads,
-                stride_k_batch, stride_k, stride_v_batch, stride_v, stride_bias_i, stride_bias_j,
-                scale, softcap, left, right, key0, key1, counter3, threshold,
-                phase != 1, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, BOOLEAN, DROPOUT, PAGE_SIZE,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+                acc, greatest, total, q, i[:, None], edges[phase], edges[phase + 1],
+                k_of, v_of, (TABLE, k_begin), scores, batch * num_heads + head,
+                (key0, key1, counter3, threshold), phase != 1, DESCRIBED,
+                OPTIONS, PAGE_SIZE, DIMS, BLOCK_N,
             )  # fmt: skip
 
     if SINK is not None:
@@ -281,7 +239,7 @@ def forward_kernel(
         greatest = higher
     empty = total == 0.0
     factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
-    if DROPOUT:
+    if OPTIONS.dropout:
         factor = factor * keep_scale
     acc = acc * factor[:, None]
     log_sum = greatest + tl.log2(tl.where(empty, 1.0, total))
@@ -291,10 +249,10 @@ def forward_kernel(
         log_sum = tl.where(empty, float("inf"), log_sum * LN2)
 
     token = tl.cast(q_begin, tl.int64) + i
-    dv = tl.arange(0, BLOCK_DV)
-    OUT += split * stride_out_split + wide_batch * stride_out_batch
-    out = OUT + token[:, None] * stride_out + head[:, None] * stride_out_head + dv[None, :]
-    tl.store(out, acc.to(OUT.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
+    d = tl.arange(0, DIMS.padded_v)
+    OUT += split * stride_out_split + tl.cast(batch, tl.int64) * stride_out_batch
+    out = OUT + token[:, None] * stride_out + head[:, None] * stride_out_head + d[None, :]
+    tl.store(out, acc.to(OUT.dtype.element_ty), mask=real[:, None] & (d < DIMS.v)[None, :])
     if LSE is not None:
-        LSE += split * stride_lse_split + wide_batch * stride_lse_batch
+        LSE += split * stride_lse_split + tl.cast(batch, tl.int64) * stride_lse_batch
         tl.store(LSE + head.to(tl.int64) * stride_lse_head + token, log_sum, mask=real)

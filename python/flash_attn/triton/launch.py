@@ -13,13 +13,16 @@ from typing import Any
 import torch
 import triton
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before release 3.3
+    TensorDescriptor = None
+
 from .._call import Cache, Call, Gradients, Request
 from .._composition import write_s_dmask, write_sink_gradient
 from . import tiles
 from .arguments import (
-    dims,
     features,
-    is_boolean,
     lse_strides,
     padded,
     scores,
@@ -38,7 +41,13 @@ from .tiles import Tile
 # Up to so many queries a tile holds all heads that share a head of k and v.
 _MAX_GROUPED_QUERIES = 16
 _MAX_SPLITS = 128
+_ENOUGH_OF_THE_BUSIEST = 0.85
+_COMBINED_AT_ONCE = 32
 _DELTA_ROWS = 64
+_SMALLEST_SCALE = 2.0**-126
+_DESCRIBED_DIMS = (64, 128)
+# Describing q, k and v takes the host some 70 us, which fewer operations do not pay back.
+_DESCRIBED_FROM = 2**36
 # From this release on a compiled kernel that is called by itself takes constants too.
 _CALLS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 # Bounded, so that a program that meets a new shape at every call does not grow.
@@ -77,15 +86,15 @@ def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 class _Launch:
     """One kernel with all arguments but the first, those that differ from call to call."""
 
-    def __init__(
-        self, kernel: Any, programs: int, values: dict[str, Any], warps: int, stages: int = 1
-    ) -> None:
+    def __init__(self, kernel: Any, programs: int, values: dict[str, Any], tile: Tile) -> None:
         names = kernel.arg_names
         self.num_first = sum(name not in values for name in names)
         assert all(name not in values for name in names[: self.num_first])
         self.rest = tuple(values[name] for name in names[self.num_first :])
         self.kernel, self.grid = kernel, (programs, 1, 1)
-        self.options = {"num_warps": warps, "num_stages": stages}
+        self.options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        if tile.registers:
+            self.options["maxnreg"] = tile.registers
         self.compiled: Any = None
 
     def __call__(self, *first: Any) -> None:
@@ -98,6 +107,11 @@ class _Launch:
         compiled = self.kernel[self.grid](*first, *self.rest, **self.options)
         if _CALLS_COMPILED and hasattr(compiled, "__getitem__"):
             self.compiled = compiled
+
+
+def _rows(warps: int) -> Tile:
+    """The "tile" of a kernel that works by rows, not by products."""
+    return Tile(1, 1, warps, 1)
 
 
 def _blocks(length: int, size: int) -> int:
@@ -135,14 +149,15 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
     decodes = call.longest_q <= _MAX_GROUPED_QUERIES
     packed = group if decodes else 1
     rows = call.longest_q * packed
-    values = scores(call) | dims(call) | strides("q", call.q) | strides("k", call.k)
+    values = scores(call) | strides("q", call.q) | strides("k", call.k)
     values |= strides("v", call.v) | {
+        # Where it is 0, -inf times it were no number.
+        "scale": max(float(call.scale), _SMALLEST_SCALE),
         "stride_table": 0 if call.block_table is None else call.block_table.stride(0),
         "seqlen_q": call.longest_q,
         "seqlen_k": call.longest_k if cache is None else cache.seqlen_new,
         "num_heads": heads,
         "heads_per_kv": group,
-        "BOOLEAN": is_boolean(call),
         "GROUP": packed,
         "PAGE_SIZE": 0 if call.block_table is None else call.k.size(1),
     }
@@ -163,17 +178,19 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
             values
             | outputs
             | {"num_splits": splits, "num_blocks": blocks, "SPLIT": splits > 1}
-            | {"BLOCK_M": block_m, "BLOCK_N": tile.n},
-            tile.warps,
-            tile.stages,
+            | {"BLOCK_M": block_m, "BLOCK_N": tile.n, "DESCRIBED": tile.described},
+            tile,
         )
         combine = _combine_launch(call, splits) if splits > 1 else None
 
         def attend(call: Call, cache: Cache | None) -> None:
             out, lse = (call.out, call.lse) if splits == 1 else _workspaces(call, splits)
             bias = call.attn_bias
+            q, k, v = call.q, call.k, call.v
+            if tile.described:
+                q, k, v = _box(q, block_m), _box(k, tile.n), _box(v, tile.n)
             launch(
-                *(call.q, call.k, call.v, out, lse),
+                *(q, k, v, out, lse),
                 *(call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k),
                 *(
                     (None,) * 3
@@ -189,9 +206,31 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
         return attend
 
     kind = tiles.DECODE if decodes else tiles.FORWARD
+    if not decodes and cache is None and _may_describe(call):
+        kind = tiles.DESCRIBED
     return tiles.first_that_fits(
         kind, call, features(call), prepare, lambda attend: attend(call, cache)
     )
+
+
+def _may_describe(call: Call) -> bool:
+    """Whether tensor descriptors can describe q, k and v (CUDA's programming guide, "Tensor Map"):
+    their bounds are those of a tensor, not of a sequence within it."""
+    if TensorDescriptor is None or call.varlen or call.block_table is not None:
+        return False
+    operations = 4 * call.q.numel() * call.longest_k
+    return operations >= _DESCRIBED_FROM and all(
+        x.dtype.itemsize == 2
+        and x.size(-1) in _DESCRIBED_DIMS
+        and x.data_ptr() % 16 == 0
+        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:-1])
+        for x in (call.q, call.k, call.v)
+    )
+
+
+def _box(x: torch.Tensor, rows: int) -> Any:
+    """A tensor descriptor that loads `rows` rows of one head."""
+    return TensorDescriptor(x, x.shape, x.stride(), [1, rows, 1, x.size(-1)])
 
 
 def _bytes(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -200,11 +239,19 @@ def _bytes(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _num_splits(call: Call, cache: Cache | None, programs: int, block_n: int) -> int:
-    """As the call asks; else as many as fill the device's processors twice over."""
+    """As the call asks; else the fewest that keep the device's processors nearly as busy as any
+    number of splits could."""
     if cache is not None and cache.num_splits > 0:
         return cache.num_splits
-    wanted = 2 * tiles.num_processors(call.q.device) // max(1, programs)
-    return max(1, min(wanted, _blocks(call.longest_k, 2 * block_n), _MAX_SPLITS))
+    processors = tiles.num_processors(call.q.device)
+    most = max(1, min(_blocks(call.longest_k, 2 * block_n), _MAX_SPLITS))
+
+    def busy(splits: int) -> float:
+        rounds = programs * splits / processors
+        return rounds / max(1, -(-programs * splits // processors))
+
+    enough = _ENOUGH_OF_THE_BUSIEST * max(map(busy, range(1, most + 1)))
+    return next(splits for splits in range(1, most + 1) if busy(splits) >= enough)
 
 
 def _num_tokens(call: Call) -> int:
@@ -246,10 +293,11 @@ def _combine_launch(call: Call, splits: int) -> _Launch:
         "batch_size": call.batch,
         "num_splits": splits,
         "SPLITS": triton.next_power_of_2(splits),
+        "AT_ONCE": min(_COMBINED_AT_ONCE, triton.next_power_of_2(splits)),
         "DV": dv,
         "BLOCK_DV": padded(dv),
     }
-    return _Launch(combine_kernel, tokens * heads, values, 1 if dv <= 128 else 4)
+    return _Launch(combine_kernel, tokens * heads, values, _rows(4))
 
 
 # ---- The KV cache. ----
@@ -321,7 +369,7 @@ def _place_launch(
         "D": dim,
         "BLOCK_D": padded(dim),
     }
-    return _Launch(place_kernel, batch * num_new * heads, values, 1)
+    return _Launch(place_kernel, batch * num_new * heads, values, _rows(1))
 
 
 # ---- Backward. ----
@@ -330,7 +378,7 @@ def _place_launch(
 def _backward_plan(request: Request) -> Plan:
     """Launches: delta, dK and dV, dQ, and the gradient of attn_bias."""
     call, _, gradients, _ = request
-    values = scores(call) | dims(call) | strides("q", call.q) | strides("k", call.k)
+    values = scores(call) | strides("q", call.q) | strides("k", call.k)
     values |= strides("v", call.v) | strides("dout", gradients.dout) | lse_strides(call.lse)
     values |= {
         "seqlen_q": call.longest_q,
@@ -376,7 +424,7 @@ def _delta_launch(call: Call, gradients: Gradients) -> _Launch:
         "BLOCK_DV": padded(dv),
         "BLOCK_M": _DELTA_ROWS,
     }
-    return _Launch(delta_kernel, call.batch * call.q.size(-2) * blocks, values, 4)
+    return _Launch(delta_kernel, call.batch * call.q.size(-2) * blocks, values, _rows(4))
 
 
 GradientLaunch = Callable[[Call, Gradients, torch.Tensor], None]
@@ -396,7 +444,7 @@ def _gradient_plan(
     def prepare(tile: Tile) -> GradientLaunch:
         programs, values = of_tile(tile)
         values = values | {"BLOCK_M": tile.m, "BLOCK_N": tile.n}
-        launch = _Launch(kernel, programs, values, tile.warps, tile.stages)
+        launch = _Launch(kernel, programs, values, tile)
 
         def run(call: Call, gradients: Gradients, delta: torch.Tensor) -> None:
             launch(
@@ -420,7 +468,7 @@ def _key_gradient_plan(
 
     def of_tile(tile: Tile) -> tuple[int, dict[str, Any]]:
         blocks = _blocks(call.longest_k, tile.n)
-        own = {"num_blocks": blocks, "BOOLEAN": is_boolean(call)}
+        own = {"num_blocks": blocks}
         return call.batch * call.k.size(-2) * blocks, values | own
 
     return _gradient_plan(
@@ -441,7 +489,7 @@ def _query_gradient_plan(
 
     def of_tile(tile: Tile) -> tuple[int, dict[str, Any]]:
         blocks = _blocks(call.longest_q, tile.m)
-        own = {"num_blocks": blocks, "BOOLEAN": is_boolean(call)}
+        own = {"num_blocks": blocks}
         return call.batch * call.q.size(-2) * blocks, values | own
 
     return _gradient_plan(

@@ -22,6 +22,7 @@ from .._call import Call
 from .arguments import padded
 
 FORWARD = "forward"
+DESCRIBED = "described forward"  # where tensor descriptors can describe q, k and v
 DECODE = "decode"
 KEY_GRADIENT = "key_gradient"
 QUERY_GRADIENT = "query_gradient"
@@ -31,12 +32,15 @@ _SMALLEST = 16  # what a matrix product of Triton takes
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a tile, and how many warps and pipeline stages work on it."""
+    """Queries and keys of a tile, and how many warps and pipeline stages work on it; the registers
+    that a thread may have, 0 for what the compiler gives it; whether tensor descriptors load it."""
 
     m: int
     n: int
     warps: int
     stages: int
+    registers: int = 0
+    described: bool = False
 
 
 # For 16-bit types, by the padded head_dim that they hold up to. Those of "hopper" were measured on
@@ -44,9 +48,14 @@ class Tile(NamedTuple):
 _TABLES: dict[str, dict[str, dict[int, Tile]]] = {
     "hopper": {
         FORWARD: {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
+        DESCRIBED: {64: Tile(64, 64, 4, 3, 128, True), 128: Tile(64, 64, 4, 3, 0, True)},
         DECODE: {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 64, 4, 2)},
         KEY_GRADIENT: {64: Tile(32, 128, 4, 3), 128: Tile(64, 128, 8, 1), 256: Tile(32, 32, 4, 1)},
-        QUERY_GRADIENT: {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 1)},
+        QUERY_GRADIENT: {
+            64: Tile(64, 64, 4, 3),
+            128: Tile(128, 64, 8, 3),
+            256: Tile(128, 32, 8, 1),
+        },
     },
     "nvidia": {
         FORWARD: {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -79,6 +88,12 @@ _CANDIDATES = tuple(
     for n in (32, 64, 128)
     for warps in (4, 8)
     for stages in (1, 2, 3)
+)
+_DESCRIBED_CANDIDATES = tuple(
+    Tile(64, n, 4, stages, registers, True)
+    for n in (64, 128)
+    for stages in (2, 3)
+    for registers in (128, 168, 0)
 )
 _DECODE_CANDIDATES = tuple(
     Tile(16, n, warps, stages) for n in (32, 64, 128) for warps in (2, 4, 8) for stages in (1, 2, 4)
@@ -115,7 +130,8 @@ def from_table(kind: str, vendor_name: str, itemsize: int, block_dim: int) -> Ti
     elif itemsize == 4:
         table = _FP32
     else:
-        table = _TABLES[vendor_name][kind]
+        tables = _TABLES[vendor_name]
+        table = tables.get(kind, tables[FORWARD])
     for dim, tile in table.items():
         if block_dim <= dim:
             return tile
@@ -200,7 +216,10 @@ def _tuned(choice: _Choice, start: Callable[[Tile], None]) -> Tile | None:
     if name in known:
         return Tile(*known[name])
     times = {}
-    for tile in _DECODE_CANDIDATES if choice.kind == DECODE else _CANDIDATES:
+    candidates = _DECODE_CANDIDATES if choice.kind == DECODE else _CANDIDATES
+    if choice.kind == DESCRIBED:
+        candidates += _DESCRIBED_CANDIDATES
+    for tile in candidates:
         with contextlib.suppress(Exception):  # too large, or what a compiler does not take
             times[tile] = triton.testing.do_bench(lambda tile=tile: start(tile), warmup=5, rep=20)
     if not times:

@@ -4,11 +4,17 @@ A kernel's tile of scores has its queries along one axis and its keys along the 
 are positions within the sequence, shaped to broadcast to the tile, so that one function serves both
 orientations. Scores are in units of log2, so that a probability is one exp2. Options that a call
 does not use are None, or False, at compile time, and leave no trace.
+
+What always goes together goes as a tuple, `dropout = (key0, key1, counter3, threshold)` and
+
+    scores = (ALiBi's slope, address of the head's attn_bias, stride_bias_i, stride_bias_j,
+              len_q, len_k, scale, softcap, left, right)
 """
 
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -25,7 +31,34 @@ VARIABLE = (
 )
 
 
+class Options(NamedTuple):
+    """What the scores of a call have; a kernel is compiled for it."""
+
+    has_left: bool
+    has_right: bool
+    softcap: bool
+    alibi: bool
+    boolean: bool  # attn_bias says what to keep
+    dropout: bool
+
+
+class Dims(NamedTuple):
+    """head_dim of q and k, and of v; what they are padded to."""
+
+    qk: int
+    v: int
+    padded_qk: int
+    padded_v: int
+
+
 # ---- Where a sequence lies. ----
+
+
+@triton.jit
+def row_of(base, batch, token, head, stride_batch, stride, stride_head):
+    """The address of a token's row of one head."""
+    base += tl.cast(batch, tl.int64) * stride_batch + tl.cast(token, tl.int64) * stride
+    return base + tl.cast(head, tl.int64) * stride_head
 
 
 @triton.jit
@@ -65,30 +98,21 @@ def sequence_of_keys(batch, CU_K, USED_K, CACHED, LEFTPAD, ROW, seqlen_k, PAGE_S
 
 @triton.jit
 def key_ranges(
-    first_i,
-    last_i,
-    len_q,
-    len_k,
-    left,
-    right,
-    split,
-    num_splits,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    first_i, last_i, scores, split, num_splits,
+    SPLIT: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """(begin, full_begin, full_end, end): the keys that some of the queries see, and between them
     those that all of them see. All but `end` are multiples of BLOCK_N."""
+    _, _, _, _, len_q, len_k, _, _, left, right = scores
     offset = len_k - len_q
     begin = 0
     end = len_k
     full_begin = 0
     full_end = len_k // BLOCK_N * BLOCK_N
-    if HAS_LEFT:
+    if OPTIONS.has_left:
         begin = tl.maximum(first_i + offset - left, 0) // BLOCK_N * BLOCK_N
         full_begin = tl.cdiv(tl.maximum(last_i + offset - left, 0), BLOCK_N) * BLOCK_N
-    if HAS_RIGHT:
+    if OPTIONS.has_right:
         end = tl.minimum(len_k, tl.maximum(last_i + offset + right + 1, 0))
         full = tl.maximum(first_i + offset + right + 1, 0) // BLOCK_N * BLOCK_N
         full_end = tl.minimum(full_end, full)
@@ -104,15 +128,9 @@ def key_ranges(
 
 @triton.jit
 def load_rows(
-    base,
-    start,
-    length,
-    stride,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    base, start, length, stride,
+    ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Rows start to start + ROWS of a matrix whose rows have DIM elements: [ROWS, BLOCK_DIM]. With
     MASKED rows from `length` on are zeros; padded columns always are."""
     row = tl.arange(0, ROWS)
@@ -130,18 +148,9 @@ def load_rows(
 
 @triton.jit
 def load_paged_rows(
-    base,
-    start,
-    length,
-    stride_block,
-    stride,
-    PAGES,
-    begin,
-    PAGE_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
+    base, start, length, stride_block, stride, PAGES, begin,
+    PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
     """load_rows of a sequence that begins at token `begin` of the pages at PAGES."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_DIM)
@@ -154,12 +163,12 @@ def load_paged_rows(
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr):
-    """a b, added to acc where that is not None, in fp32."""
+def product(a, b, acc):
+    """a b, added to acc where that is not None, in fp32 without rounding of the inputs."""
     if WIDENS:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 # ---- Scores. ----
@@ -182,43 +191,44 @@ def softcap_tanh(product, scale, softcap):
 
 
 @triton.jit
-def is_visible(i, j, len_q, len_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Which keys j the queries i see, aligned to the bottom right corner."""
-    visible = (j < len_k) & (i < len_q)
-    distance = i + (len_k - len_q) - j
-    if HAS_LEFT:
-        visible = visible & (distance <= left)
-    if HAS_RIGHT:
-        visible = visible & (distance >= -right)
+def slope_of(SLOPES, batch, head, stride_slopes):
+    """ALiBi's slope of a head of a sequence, or of a column of heads."""
+    slope = 0.0
+    if SLOPES is not None:
+        slope = tl.load(SLOPES + batch * stride_slopes + head)
+    return slope
+
+
+@triton.jit
+def is_visible(i, j, scores, OPTIONS: tl.constexpr):
+    """Which keys j the queries i see, aligned to the bottom right corner. Queries past the last are
+    taken to see what their position would."""
+    _, _, _, _, len_q, len_k, _, _, left, right = scores
+    # Bounds by query come first, so that an element of the tile costs one comparison a side.
+    last = len_k - 1
+    if OPTIONS.has_right:
+        last = tl.minimum(i + (len_k - len_q + right), last)
+    visible = j <= last
+    if OPTIONS.has_left:
+        visible = visible & (j >= i + (len_k - len_q - left))
     return visible
 
 
 @triton.jit
-def add_bias(
-    scores,
-    i,
-    j,
-    len_q,
-    len_k,
-    slope,
-    BIAS,
-    stride_bias_i,
-    stride_bias_j,
-    ALIBI: tl.constexpr,
-    BOOLEAN: tl.constexpr,
-):
-    """ALiBi's distance and attn_bias, on scores in log2. BIAS points at the head's entry."""
-    if ALIBI:
+def add_bias(s, i, j, scores, OPTIONS: tl.constexpr):
+    """ALiBi's distance and attn_bias, on scores in log2."""
+    slope, BIAS, stride_bias_i, stride_bias_j, len_q, len_k, _, _, _, _ = scores
+    if OPTIONS.alibi:
         distance = tl.abs(i + (len_k - len_q) - j).to(tl.float32)
-        scores -= slope * LOG2E * distance
+        s -= slope * LOG2E * distance
     if BIAS is not None:
         offset = i.to(tl.int64) * stride_bias_i + j.to(tl.int64) * stride_bias_j
         bias = tl.load(BIAS + offset, mask=(i < len_q) & (j < len_k), other=0)
-        if BOOLEAN:
-            scores = tl.where(bias != 0, scores, float("-inf"))
+        if OPTIONS.boolean:
+            s = tl.where(bias != 0, s, float("-inf"))
         else:
-            scores += bias.to(tl.float32) * LOG2E
-    return scores
+            s += bias.to(tl.float32) * LOG2E
+    return s
 
 
 # ---- Dropout. ----
@@ -234,10 +244,11 @@ def interleave(a, b, c, d, e, f, g, h):
 
 
 @triton.jit
-def keep_mask(batch_head, i, first_j, key0, key1, counter3, threshold, KEYS: tl.constexpr):
+def keep_mask(batch_head, i, first_j, dropout, KEYS: tl.constexpr):
     """Where dropout keeps the probabilities of queries i [M] and keys first_j to first_j + KEYS,
     [M, KEYS]: Philox-4x32-10 (Salmon et al., SC 2011) as src/core/semantics.h has it. batch_head is
     [M]; first_j is a multiple of 8."""
+    key0, key1, counter3, threshold = dropout
     draw = first_j // KEYS_PER_DRAW + tl.arange(0, KEYS // KEYS_PER_DRAW)
     zero = tl.zeros((i.shape[0], KEYS // KEYS_PER_DRAW), tl.uint32)
     w0, w1, w2, w3 = tl.philox_impl(
