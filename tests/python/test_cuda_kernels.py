@@ -20,9 +20,10 @@ import flash_attn
 
 COMPUTE_CAPABILITIES = [75, 80, 90, 100, 120]
 # Kernels that a device can be asked for, by its compute capability.
-REACHABLE = {75: 110, 80: 211, 90: 235, 100: 211, 120: 211}
-# The two sums per 16 rows that a warp keeps between steps; more is a spill that costs.
-ALLOWED_SPILL = 96
+REACHABLE = {75: 110, 80: 211, 90: 251, 100: 211, 120: 211}
+# The two sums per 16 rows that a warp keeps between steps, or what Hopper's producer, which has 24
+# registers, knows of varlen sequences: once a tile. More is a spill that costs.
+ALLOWED_SPILL = 112
 LINE = re.compile(r"^(\S+): (.*): (\d+) registers, (\d+) bytes spilled(.*)$")
 
 
