@@ -60,6 +60,10 @@ class SplitPlan final : public core::Plan {
         combine_(choose_around(Family::kCombineSplits, problem)) {}
 
   int64_t workspace_bytes(int) const override { return workspace_.total; }
+  // Keys that nobody asked to split need not be.
+  bool workspace_is_optional() const override {
+    return problem_.rotary_dim == 0 && problem_.num_splits <= 1;
+  }
 
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
@@ -71,12 +75,13 @@ class SplitPlan final : public core::Plan {
     const int64_t tiles = num_blocks(problem_, launch_args.schedule);
     launch_args.schedule.num_blocks = launch_args.splits.num_tiles =
         static_cast<int>(std::min(tiles, kMaxBlocks));
-    launch_args.splits.num_splits = choice_.num_splits;
-    if (choice_.num_splits > 1) set_splits(workspace, launch_args);
-    int combining = warps_per_row(choice_.num_splits);
+    const int num_splits = workspace == nullptr ? 1 : choice_.num_splits;
+    launch_args.splits.num_splits = num_splits;
+    if (num_splits > 1) set_splits(workspace, launch_args);
+    int combining = warps_per_row(num_splits);
     void* arguments[] = {&launch_args, &combining};
-    FA_TRY(launch(forward_, tiles * choice_.num_splits, arguments, stream));
-    if (choice_.num_splits == 1) return {};
+    FA_TRY(launch(forward_, tiles * num_splits, arguments, stream));
+    if (num_splits == 1) return {};
     return launch(combine_, blocks_for(workspace_.num_rows, kCombiningWarps / combining), arguments,
                   stream);
   }
