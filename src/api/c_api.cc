@@ -680,7 +680,9 @@ fa_status fa_explain_backward(const fa_attention_args* args,
                               size_t* needed) {
   const fa::api::TextBuffer to{text, capacity, needed};
   to.clear();
-  return guarded([&] {
+  return guarded([&]() -> fa::core::Status {
+    FA_TRY(fa::api::check_args(args));
+    FA_TRY(fa::api::check_gradients(gradients, "gradients"));
     fa::core::AttentionArgs views;
     return fa::api::explain(fa::api::read_call(args, gradients, false, views), views, args, to);
   });

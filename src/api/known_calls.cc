@@ -25,7 +25,8 @@ bool has_checked_values(const fa_attention_args& args, bool on_devices) {
 // of fa_forward_known() cannot tell; such a view of rows of several has no stride of 1.
 bool has_long_rows(const fa_attention_args& args) {
   for (const fa_tensor* tensor : {args.q, args.k, args.v}) {
-    if (tensor == nullptr || tensor->ndim < 1 || tensor->shape == nullptr) return false;
+    if (tensor == nullptr || tensor->shape == nullptr) return false;
+    if (tensor->ndim < 1 || tensor->ndim > core::kMaxRank) return false;
     if (tensor->shape[tensor->ndim - 1] < 2) return false;
   }
   return true;

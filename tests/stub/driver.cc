@@ -1,5 +1,6 @@
 // Stands in for libcuda.so.1 where there is no GPU: answers every call the library makes, and
 // computes nothing. Device memory is host memory, kDeviceOffset further on.
+#include <algorithm>
 #include <cstdio>
 #include <list>
 #include <string>
@@ -131,6 +132,10 @@ FA_STUB int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) {
   ++fa_stub_record()->reads;
   std::memcpy(to, reinterpret_cast<const void*>(from - fa::stub::kDeviceOffset), bytes);
   return result_of("cuMemcpyDtoHAsync_v2");
+}
+FA_STUB int cuMemsetD32Async(uint64_t to, unsigned value, size_t count, void*) {
+  std::fill_n(reinterpret_cast<unsigned*>(to - fa::stub::kDeviceOffset), count, value);
+  return result_of("cuMemsetD32Async");
 }
 FA_STUB int cuStreamSynchronize(void*) { return result_of("cuStreamSynchronize"); }
 FA_STUB int cuStreamIsCapturing(void*, int* status) {
