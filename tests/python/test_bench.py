@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from flash_attn import _native
-from flash_attn.bench import cases, cli, experiments, peers, report, timing
+from flash_attn.bench import cases, cli, experiments, peers, plot, report, timing
 
 PAGES = sorted((ROOT / "docs").glob("*/performance.md"))
 # Small, but with all that a case can have.
@@ -196,6 +196,17 @@ def test_a_run_is_drawn(tmp_path, suffix):
     picture = tmp_path / f"run.{suffix}"
     one_run(tmp_path, "--shapes", "h2 s64 d16; h2 s128 d16", "--plot", str(picture))
     assert picture.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("lengths, lines", [([[64], [64]], [1, 1]), ([[64, 128], [64]], [2])])
+def test_lone_points_are_drawn_where_there_are_no_others(monkeypatch, lengths, lines):
+    monkeypatch.setattr(plot, "rate", lambda result, name: 1.0)
+    results = [
+        {"samples": {"us": []}, "parameters": {"batch": b, "num_heads": 1, "seqlen_k": length}}
+        for b, of_batch in enumerate(lengths)
+        for length in of_batch
+    ]
+    assert [len(line) for line in plot._lines(results, "us")] == lines
 
 
 # ---- Pages ----

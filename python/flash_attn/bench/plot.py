@@ -127,7 +127,8 @@ def _lines(results: list[Result], name: str) -> list[list[tuple[int, float]]]:
             lines[key].append((case["seqlen_k"], rate(result, name)))
     # The one with the most points is the plain one; lone points only crowd the others.
     ordered = sorted(lines, key=lambda key: (len(lines[key]), key), reverse=True)
-    return [lines[key] for key in ordered if len(lines[key]) > 1 or len(ordered) == 1]
+    least = 2 if ordered and len(lines[ordered[0]]) > 1 else 1
+    return [lines[key] for key in ordered if len(lines[key]) >= least]
 
 
 def _label(name: str) -> str:
