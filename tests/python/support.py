@@ -49,6 +49,37 @@ def served() -> list[tuple[str, torch.dtype]]:
     ]
 
 
+def options_of_every_kind(seqlen_q: int, seqlen_k: int) -> dict[str, dict[str, Any]]:
+    """Options of every kind for two sequences of four heads, each under a name."""
+    bias = torch.randn(2, 4, seqlen_q, seqlen_k)
+    return {
+        "plain": {},
+        "causal": {"causal": True},
+        "scale": {"softmax_scale": 0.3},
+        "scale_of_zero": {"softmax_scale": 0.0, "causal": True},
+        "window": {"window_size": (17, 3)},
+        "window_left_causal": {"window_size": (20, -1), "causal": True},
+        "window_right": {"window_size": (-1, 5)},
+        "softcap": {"softcap": 5.0},
+        "softcap_causal": {"softcap": 30.0, "causal": True},
+        "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+        "alibi_per_batch": {"alibi_slopes": torch.rand(2, 4), "causal": True},
+        "bias": {"attn_bias": bias},
+        "bias_broadcast": {"attn_bias": bias[:1, :, :1]},
+        "bias_boolean": {"attn_bias": bias[:, :1] > -0.5, "causal": True},
+        "sink": {"learnable_sink": torch.randn(4)},
+        "everything": {
+            "causal": True,
+            "window_size": (40, -1),
+            "softcap": 20.0,
+            "softmax_scale": 0.2,
+            "alibi_slopes": torch.rand(4),
+            "attn_bias": bias[0],
+            "learnable_sink": torch.randn(4),
+        },
+    }
+
+
 def tensors(
     batch: int = 2,
     seqlen_q: int = 65,

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import assert_close, chosen, offsets, out_bound, same_bits, tensors, varlen_tensors
+from support import (
+    assert_close,
+    chosen,
+    offsets,
+    options_of_every_kind,
+    out_bound,
+    same_bits,
+    tensors,
+    varlen_tensors,
+)
 
 import flash_attn
 from flash_attn import (
@@ -76,32 +85,7 @@ def check_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: A
     return out, lse
 
 
-OPTIONS = {
-    "plain": {},
-    "causal": {"causal": True},
-    "scale": {"softmax_scale": 0.3},
-    "scale_0": {"softmax_scale": 0.0},
-    "window": {"window_size": (17, 3)},
-    "window_left_causal": {"window_size": (20, -1), "causal": True},
-    "window_right": {"window_size": (-1, 5)},
-    "softcap": {"softcap": 5.0},
-    "softcap_causal": {"softcap": 30.0, "causal": True},
-    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
-    "alibi_per_batch": {"alibi_slopes": torch.rand(2, 4), "causal": True},
-    "bias": {"attn_bias": torch.randn(2, 4, 150, 197)},
-    "bias_broadcast": {"attn_bias": torch.randn(1, 4, 1, 197)},
-    "bias_boolean": {"attn_bias": torch.rand(2, 1, 150, 197) > 0.3, "causal": True},
-    "sink": {"learnable_sink": torch.randn(4)},
-    "everything": {
-        "causal": True,
-        "window_size": (40, -1),
-        "softcap": 20.0,
-        "softmax_scale": 0.2,
-        "alibi_slopes": torch.rand(4),
-        "attn_bias": torch.randn(4, 150, 197),
-        "learnable_sink": torch.randn(4),
-    },
-}
+OPTIONS = options_of_every_kind(150, 197)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,6 +12,7 @@ from support import (
     check_varlen,
     chosen,
     offsets,
+    options_of_every_kind,
     same_bits,
     served,
     tensors,
@@ -27,30 +28,7 @@ from flash_attn import (
     flash_attn_varlen_qkvpacked_func,
 )
 
-OPTIONS = {
-    "plain": {},
-    "causal": {"causal": True},
-    "scale": {"softmax_scale": 0.3},
-    "scale_of_zero": {"softmax_scale": 0.0, "causal": True},
-    "window": {"window_size": (17, 3)},
-    "window_left_causal": {"window_size": (20, -1), "causal": True},
-    "softcap": {"softcap": 5.0},
-    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
-    "alibi_per_batch": {"alibi_slopes": torch.rand(2, 4), "causal": True},
-    "bias": {"attn_bias": torch.randn(2, 4, 65, 97)},
-    "bias_broadcast": {"attn_bias": torch.randn(1, 4, 1, 97)},
-    "bias_boolean": {"attn_bias": torch.rand(2, 1, 65, 97) > 0.3, "causal": True},
-    "sink": {"learnable_sink": torch.randn(4)},
-    "everything": {
-        "causal": True,
-        "window_size": (40, -1),
-        "softcap": 20.0,
-        "softmax_scale": 0.2,
-        "alibi_slopes": torch.rand(4),
-        "attn_bias": torch.randn(4, 65, 97),
-        "learnable_sink": torch.randn(4),
-    },
-}
+OPTIONS = options_of_every_kind(65, 97)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
