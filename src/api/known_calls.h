@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
@@ -30,7 +31,7 @@ class CallKey {
   bool complete() const { return complete_; }
 
   bool operator==(const CallKey& other) const;
-  size_t hash() const { return hash_; }
+  uint64_t hash() const { return hash_; }
 
   // Makes `args`, which an equal key's call has left, those of this call.
   void place(const fa_attention_args& call, core::AttentionArgs& args) const;
@@ -44,7 +45,8 @@ class CallKey {
 
   void add(uint64_t word) {
     words_[count_++] = word;
-    hash_ = (hash_ ^ word) * 0x9E3779B97F4A7C15;
+    hash_ =
+        std::rotl(hash_, 9) ^ word;  // mixed by slot(): a product for each word would be waited for
   }
   template <class Struct, size_t kCount>
   bool add_tensors(const Struct& from, const TensorField<Struct> (&fields)[kCount]);
@@ -60,7 +62,7 @@ class CallKey {
   std::array<Place, kMaxTensors> places_;
   size_t count_ = 0;
   size_t num_places_ = 0;
-  size_t hash_ = 0;
+  uint64_t hash_ = 0;
   bool complete_ = false;
 };
 
@@ -80,7 +82,7 @@ class KnownCalls {
  private:
   // A model has a few kinds of calls; one that meets a new shape at every call keeps these.
   static constexpr size_t kSlots = 32;
-  size_t slot(const CallKey& key) const { return (key.hash() >> 32) % kSlots; }
+  size_t slot(const CallKey& key) const { return (key.hash() * 0x9E3779B97F4A7C15 >> 32) % kSlots; }
   std::array<std::unique_ptr<KnownCall>, kSlots> calls_;
 };
 
