@@ -45,8 +45,8 @@ class CallKey {
 
   void add(uint64_t word) {
     words_[count_++] = word;
-    hash_ =
-        std::rotl(hash_, 9) ^ word;  // mixed by slot(): a product for each word would be waited for
+    // Mixed by slot(): a product for each word would be waited for.
+    hash_ = std::rotl(hash_, 9) ^ word;
   }
   template <class Struct, size_t kCount>
   bool add_tensors(const Struct& from, const TensorField<Struct> (&fields)[kCount]);

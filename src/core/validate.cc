@@ -3,6 +3,7 @@
 #include <array>
 #include <limits>
 
+#include "core/arithmetic.h"
 #include "core/checks.h"
 #include "core/sequence.h"
 #include "core/validate_cache.h"
@@ -380,13 +381,11 @@ Status check_lse(const AttentionArgs& args, AttentionProblem* problem) {
 Status check_s_dmask(const AttentionArgs& args, AttentionProblem* problem) {
   if (!args.s_dmask.present()) return {};
   const Named s_dmask{"s_dmask", args.s_dmask};
-  const auto round_up = [](int64_t length) {
-    return (length + kSDmaskMultiple - 1) / kSDmaskMultiple * kSDmaskMultiple;
-  };
-  FA_TRY(check_shape(s_dmask,
-                     std::array{problem->batch, problem->num_heads, round_up(problem->seqlen_q),
-                                round_up(problem->seqlen_k)},
-                     "[batch, num_heads, seqlen_q and seqlen_k rounded up to 128]"));
+  FA_TRY(check_shape(
+      s_dmask,
+      std::array{problem->batch, problem->num_heads, round_up(problem->seqlen_q, kSDmaskMultiple),
+                 round_up(problem->seqlen_k, kSDmaskMultiple)},
+      "[batch, num_heads, seqlen_q and seqlen_k rounded up to 128]"));
   problem->wants_s_dmask = true;
   return check_output(s_dmask, problem->dtype, args.q.device);
 }

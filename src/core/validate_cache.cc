@@ -1,4 +1,5 @@
 #include "core/validate_cache.h"
+#include "core/arithmetic.h"
 
 #include <algorithm>
 #include <array>
@@ -6,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/arithmetic.h"
 #include "core/checks.h"
 #include "core/sequence.h"
 
@@ -36,7 +38,7 @@ Status check_page_indices(const AttentionArgs& args, const AttentionProblem& pro
   for (int64_t b = 0; b < problem.batch; ++b) {
     const Sequence it = sequence(args, problem, b);
     const int64_t seqlen_k = it.seqlen_k == 0 ? 0 : it.k_begin + it.seqlen_k;
-    const int64_t pages = (seqlen_k + problem.page_size - 1) / problem.page_size;
+    const int64_t pages = ceil_div(seqlen_k, problem.page_size);
     if (pages > max_blocks) {
       return invalid_argument("block_table: max_blocks is ", max_blocks, ", must be at least ",
                               pages, ", the pages of ", problem.page_size, " that the ", seqlen_k,

@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 
+#include "core/arithmetic.h"
 #include "cuda/device/kernel_args.h"
 #include "cuda/heuristics.h"
 #include "cuda/kernels.h"
@@ -222,7 +223,7 @@ class ForwardPlan final : public core::Plan {
                   static_cast<int>(s.shape[3])};
     const int64_t rows = s.shape[0] * s.shape[1] * s.shape[2];
     void* arguments[] = {&launch_args, &to};
-    return kernel.value()->launch((rows + id.spec.num_warps - 1) / id.spec.num_warps, arguments,
+    return kernel.value()->launch(core::ceil_div(rows, id.spec.num_warps), arguments,
                                   stream.handle);
   }
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <iterator>
 
+#include "core/arithmetic.h"
+
 namespace fa::cuda {
 namespace {
 
@@ -197,10 +199,10 @@ int num_splits(const AttentionProblem& problem, const KernelId& kernel,
   constexpr double kWorthIt = 0.96;
   constexpr double kCombine = 2.5;  // and for each 64 splits another 1
   const auto blocks_over = [](int64_t blocks, int64_t places) {
-    return static_cast<double>((blocks + places - 1) / places);
+    return static_cast<double>(core::ceil_div(blocks, places));
   };
   const int64_t tile_n = kernel.spec.tile_n;
-  const int64_t steps = std::max<int64_t>((problem.seqlen_k + tile_n - 1) / tile_n, 1);
+  const int64_t steps = std::max<int64_t>(core::ceil_div(problem.seqlen_k, tile_n), 1);
   const int64_t tiles = num_tiles(problem, kernel.spec);
   const int64_t places = properties.multiprocessors;
   const int64_t at_once = places * blocks_per_multiprocessor(kernel, properties);
@@ -332,7 +334,7 @@ int warps_per_row(int num_splits) {
 
 int64_t tiles_m(const AttentionProblem& problem, const KernelSpec& spec) {
   const int64_t rows = problem.seqlen_q * rows_per_query(problem, spec);
-  return std::max<int64_t>((rows + spec.tile_m - 1) / spec.tile_m, 1);
+  return std::max<int64_t>(core::ceil_div(rows, spec.tile_m), 1);
 }
 
 KernelId choose_sm90(const AttentionProblem& problem) {

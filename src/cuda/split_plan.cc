@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/arithmetic.h"
 #include "cuda/forward_plan.h"
 #include "cuda/heuristics.h"
 #include "cuda/kernels.h"
@@ -15,14 +16,6 @@ using core::Result;
 using core::Status;
 using core::TensorView;
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-constexpr int64_t blocks_for(int64_t items, int64_t per_block) {
-  return (items + per_block - 1) / per_block;
-}
-
 // What a call keeps on the device until it is done, in bytes from the start of its workspace.
 struct Workspace {
   int64_t rotated_q = 0, o = 0, lse = 0, total = 0;
@@ -31,11 +24,11 @@ struct Workspace {
 
   Workspace(const AttentionProblem& problem, int num_splits) {
     num_rows = problem.batch * problem.num_heads * problem.seqlen_q;
-    row_elements = round_up(problem.head_dim_v, 8);
+    row_elements = core::round_up(problem.head_dim_v, 8);
     const auto take = [this](int64_t bytes) {
       constexpr int64_t kAlignment = 256;
       const int64_t at = total;
-      total += round_up(bytes, kAlignment);
+      total += core::round_up(bytes, kAlignment);
       return at;
     };
     if (problem.rotary_dim > 0) {
@@ -82,8 +75,8 @@ class SplitPlan final : public core::Plan {
     void* arguments[] = {&launch_args, &combining};
     FA_TRY(launch(forward_, tiles * num_splits, arguments, stream));
     if (num_splits == 1) return {};
-    return launch(combine_, blocks_for(workspace_.num_rows, kCombiningWarps / combining), arguments,
-                  stream);
+    return launch(combine_, core::ceil_div(workspace_.num_rows, kCombiningWarps / combining),
+                  arguments, stream);
   }
 
   std::string describe() const override {
@@ -154,7 +147,7 @@ class SplitPlan final : public core::Plan {
     }
     const int64_t rows = problem_.batch * to.num_tokens * rows_per_token;
     void* arguments[] = {&launch_args, &to};
-    return launch(update_, blocks_for(rows, KernelSpec{}.num_warps), arguments, stream);
+    return launch(update_, core::ceil_div(rows, KernelSpec{}.num_warps), arguments, stream);
   }
 
   const AttentionProblem problem_;
