@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -174,9 +174,21 @@ def load() -> None:
 
 def _nvrtc_folders() -> list[str]:
     """Where NVIDIA's wheels, on which PyTorch's depend, have put libnvrtc."""
-    homes = dict.fromkeys(Path(entry, "nvidia") for entry in sys.path)
-    found = [path.parent for home in homes for path in home.glob("*/lib/libnvrtc.so.*")]
-    return [str(folder) for folder in dict.fromkeys(found)]
+    homes = dict.fromkeys(os.path.join(entry, "nvidia") for entry in sys.path)
+    folders = (os.path.join(home, part, "lib") for home in homes for part in _names_in(home))
+    return [
+        folder
+        for folder in folders
+        if any(name.startswith("libnvrtc.so.") for name in _names_in(folder))
+    ]
+
+
+def _names_in(folder: str) -> list[str]:
+    """Without patterns, whose compilation a process's first call would wait milliseconds for."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def share_threads_with_torch() -> None:
@@ -221,8 +233,9 @@ def _openmp_runtime_of_torch() -> str | None:
     if not Path("/proc/self/maps").exists():
         found = [str(path) for path in (home / "lib").glob("lib*omp*") if path.is_file()]
         return found[0] if found else None
-    maps = Path("/proc/self/maps").read_text(errors="replace")
-    loaded = re.findall(r"^.*? (/\S.*/lib(?:gomp|iomp5|omp)\b[^/\n]*)$", maps, flags=re.MULTILINE)
+    maps = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    paths = dict.fromkeys("/" + line.partition("/")[2] for line in maps if "omp" in line)
+    loaded = [path for path in paths if _is_openmp_runtime(path.rpartition("/")[2])]
     for path in loaded:
         if path.startswith(bundled):
             return path
@@ -232,6 +245,11 @@ def _openmp_runtime_of_torch() -> str | None:
         if ".libs/" not in path and "site-packages/" not in path:
             return path
     return None
+
+
+def _is_openmp_runtime(name: str) -> bool:
+    """Whether a file has the name of one: libgomp.so.1, libgomp-a34b3233.so.1, libiomp5.so."""
+    return name.partition(".")[0].partition("-")[0] in ("libgomp", "libiomp5", "libomp")
 
 
 def clarify(
