@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --backend and --device."""
+    """Adds --backend, --device and --shard."""
     parser.addoption("--backend", default="", help="the implementation that the suites run on")
     parser.addoption("--device", default="", help="where the tensors of the suites are moved to")
+    parser.addoption("--shard", default="", help="I/N: the I-th of N parts of the tests, from 1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,11 +78,20 @@ def move_calls_to(device: str) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --backend, leaves out what the suites test of the native library alone."""
+    """With --backend, leaves out what the suites test of the native library alone; with --shard,
+    what other processes run."""
+    kept = list(items)
     if config.getoption("--backend"):
-        left_out = [item for item in items if item.get_closest_marker("native")]
-        items[:] = [item for item in items if not item.get_closest_marker("native")]
-        config.hook.pytest_deselected(items=left_out)
+        kept = [item for item in kept if not item.get_closest_marker("native")]
+    if config.getoption("--shard"):
+        shard, count = map(int, config.getoption("--shard").split("/"))
+        mine = kept[shard - 1 :: count]
+        # Neighbours need the same kernels: processes that start at the same place compile them all.
+        start = len(mine) * (shard - 1) // count
+        kept = mine[start:] + mine[:start]
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
 
 
 # Tests of gradients turn it on.
