@@ -112,25 +112,43 @@ def known_dense(
     causal: bool,
     window_size: tuple[int, int],
     softcap: float,
-) -> torch.Tensor | None:
-    """out of a call of a kind that this thread has made before; None, and nothing has happened, for
-    any other, for one that needs a gradient, and for one that is wrong."""
+    wants_lse: bool = False,
+) -> Any:
+    """out, or (out, softmax_lse), of a call of a kind that this thread has made before; None, and
+    nothing has happened, for any other, for one that needs a gradient, and for one that is
+    wrong."""
     if not _is_plain(q, k, v):
         return None
     try:
         left, right = window_size
-        numel, allocate, likely = _last_out
+        numel, allocate, likely, likely_lse = _last_out
         is_guess = q.numel() == numel
         out = allocate(*likely) if is_guess else _empty_like(q)
+        lse = None
+        if wants_lse:
+            lse = allocate(*likely_lse) if is_guess else new_lse(q, None)
         if not _native.forward_known_dense(
-            q, k, v, out, None, softmax_scale, causal, left, right, softcap
+            q, k, v, out, lse, softmax_scale, causal, left, right, softcap
         ):
             return None
     except _REPEATED:
         return None
     if not is_guess:
         _remember(q, out)
-    return out
+    return (out, lse) if wants_lse else out
+
+
+def _known_of(
+    tensors: tuple[torch.Tensor, ...], options: Options
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """known_dense() with softmax_lse, where `options` ask for nothing else."""
+    dropout_p, softmax_scale, causal, window_size, softcap, slopes, _, probs, *layout = options
+    if dropout_p != 0.0 or probs or slopes is not None:
+        return None
+    cu_seqlens_q, cu_seqlens_k, _, _, seqused_k, block_table = layout
+    if not (cu_seqlens_q is cu_seqlens_k is seqused_k is block_table is None):
+        return None
+    return known_dense(*tensors, softmax_scale, causal, window_size, softcap, True)
 
 
 def known_varlen(
@@ -144,7 +162,7 @@ def known_varlen(
     if not _is_plain(q, k, v) or q.is_cpu:
         return None
     try:
-        numel, allocate, likely = _last_out
+        numel, allocate, likely, _ = _last_out
         is_guess = q.numel() == numel
         out = allocate(*likely) if is_guess else _empty_like(q)
         if not _native.forward_known(q, k, v, out, None, None, *arguments):
@@ -170,9 +188,10 @@ def _is_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     )
 
 
-# Of the last plain call: the elements of q, and how to make a tensor like its out, which takes half
-# as long as torch.empty_like. The native library notices a wrong guess.
-_NO_GUESS: tuple[int, Callable[..., torch.Tensor], tuple[Any, ...]] = (-1, _empty_like, ())
+# Of the last plain call: the elements of q, and how to make tensors like its out and its lse, which
+# takes half as long as torch.empty_like. The native library notices a wrong guess.
+_NO_GUESS: tuple[int, Callable[..., torch.Tensor], tuple[Any, ...], tuple[Any, ...]]
+_NO_GUESS = (-1, _empty_like, (), ())
 _last_out = _NO_GUESS
 
 
@@ -183,7 +202,9 @@ def _remember(q: torch.Tensor, out: torch.Tensor) -> None:
     if allocate is None or elsewhere:
         _last_out = _NO_GUESS
     else:
-        _last_out = q.numel(), allocate, (tuple(out.shape), out.stride(), out.dtype)
+        *batch, seqlen, num_heads, _ = shape = tuple(out.shape)
+        lse = (*batch, num_heads, seqlen), (*(num_heads * seqlen for _ in batch), seqlen, 1)
+        _last_out = q.numel(), allocate, (shape, out.stride(), out.dtype), (*lse, _float32)
 
 
 def attention(
@@ -339,8 +360,14 @@ class AttentionFunction(torch.autograd.Function):
         learnable_sink: torch.Tensor | None,
         *tensors: torch.Tensor,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        q, k, v = tensors if packing is SEPARATE else packing.unpack(tensors)
-        out, lse, s_dmask, seed = forward(q, k, v, attn_bias, learnable_sink, options, True)
+        known = None
+        if packing is SEPARATE and attn_bias is None and learnable_sink is None:
+            known = _known_of(tensors, options)
+        if known is not None:
+            (out, lse), s_dmask, seed = known, None, 0
+        else:
+            q, k, v = tensors if packing is SEPARATE else packing.unpack(tensors)
+            out, lse, s_dmask, seed = forward(q, k, v, attn_bias, learnable_sink, options, True)
         ctx.save_for_backward(*tensors, out, lse, attn_bias, learnable_sink)
         ctx.call = packing, options, seed
         if not options.return_attn_probs:  # every further output costs a microsecond

@@ -118,14 +118,18 @@ KnownCalls& KnownCalls::of_thread() {
 }
 
 KnownCall* KnownCalls::find(const CallKey& key) {
-  KnownCall* call = calls_[slot(key)].get();
-  return call != nullptr && call->key == key ? call : nullptr;
+  auto& [last, before] = pair(key);
+  if (last != nullptr && last->key == key) return last.get();
+  if (before == nullptr || before->key != key) return nullptr;
+  std::swap(last, before);
+  return last.get();
 }
 
 void KnownCalls::insert(const CallKey& key, const core::AttentionArgs& args, core::PlanPtr plan) {
-  std::unique_ptr<KnownCall>& call = calls_[slot(key)];
-  if (call == nullptr) call = std::make_unique<KnownCall>();
-  *call = {key, args, std::move(plan)};
+  auto& [last, before] = pair(key);
+  std::swap(last, before);
+  if (last == nullptr) last = std::make_unique<KnownCall>();
+  *last = {key, args, std::move(plan)};
 }
 
 }  // namespace fa::api

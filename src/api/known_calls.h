@@ -80,10 +80,15 @@ class KnownCalls {
   void insert(const CallKey& key, const core::AttentionArgs& args, core::PlanPtr plan);
 
  private:
-  // A model has a few kinds of calls; one that meets a new shape at every call keeps these.
-  static constexpr size_t kSlots = 32;
-  size_t slot(const CallKey& key) const { return (key.hash() * 0x9E3779B97F4A7C15 >> 32) % kSlots; }
-  std::array<std::unique_ptr<KnownCall>, kSlots> calls_;
+  // A model has a few kinds of calls; one that meets a new shape at every call keeps these. Of the
+  // kinds that share a pair, the two that were met last.
+  static constexpr size_t kPairs = 16;
+  using Pair = std::array<std::unique_ptr<KnownCall>, 2>;
+  // The upper bits of a product depend on every bit of the hash.
+  Pair& pair(const CallKey& key) {
+    return pairs_[key.hash() * 0x9E3779B97F4A7C15 >> (64 - std::countr_zero(kPairs))];
+  }
+  std::array<Pair, kPairs> pairs_;
 };
 
 }  // namespace fa::api

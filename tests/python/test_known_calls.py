@@ -88,6 +88,30 @@ def test_what_a_gradient_is_wanted_of_is_not_known(made):
             assert flash_attn_func(*leaves).grad_fn is None
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 3.0}], ids=str)
+def test_gradients_of_a_repeated_call_are_those_of_its_own_tensors(made, options):
+    for seed in (0, 5, 6):
+        leaves = [x.requires_grad_() for x in tensors(2, 33, 47, head_dim=32, seed=seed)]
+        dout = torch.randn(2, 33, 4, 32)
+        with torch.enable_grad():
+            out = flash_attn_func(*leaves, **options)
+            # Never taken for a known one.
+            other, _, _ = flash_attn_func(*leaves, return_attn_probs=True, **options)
+        results = torch.autograd.grad(out, leaves, dout)
+        expected = torch.autograd.grad(other, leaves, dout)
+        assert all(same_bits(x, y) for x, y in zip(results, expected))
+
+
+def test_lengths_beside_dense_tensors_are_refused_as_ever(made):
+    lengths = torch.tensor([0, 47], dtype=torch.int32)
+    leaves = [x.clone().requires_grad_() for x in made]
+    with torch.enable_grad():
+        flash_attn_func(*leaves)
+        for cu_seqlens in ((None, lengths), (lengths, None)):
+            with pytest.raises(ValueError, match="cu_seqlens"):
+                flash_attn_varlen_func(*leaves, *cu_seqlens, 33, 47)
+
+
 def test_views_of_negated_values_are_not_known():
     for head_dim in (1, 8):
         shape = (1, 6, 2, head_dim)
@@ -136,6 +160,21 @@ def test_decisions_are_told_at_each_call(made, monkeypatch, capfd):
     assert not known(*made)
     flash_attn_func(*made)
     assert "flash_attn dispatch" in capfd.readouterr().err
+
+
+def test_several_kinds_are_kept():
+    kinds = [
+        (softmax_scale, causal, window_size, softcap)
+        for softmax_scale in (None, 0.3)
+        for causal in (False, True)
+        for window_size in ((-1, -1), (4, 0))
+        for softcap in (0.0, 3.0)
+    ]
+    q, k, v = tensors(1, 20, 20)
+    for kind in kinds:
+        flash_attn_func(q, k, v, 0.0, *kind)
+    # Two that share their places take turns with a third; most do not.
+    assert sum(known_dense(q, k, v, *kind) is not None for kind in kinds) > len(kinds) // 2
 
 
 def test_more_kinds_than_are_kept(made):
