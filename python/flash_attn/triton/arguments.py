@@ -56,6 +56,7 @@ def scores(call: Call) -> dict[str, Any]:
             has_right=right >= 0,
             softcap=call.softcap > 0.0,
             alibi=slopes is not None,
+            bias=bias is not None,
             boolean=is_boolean(call),
             dropout=call.dropout_p > 0.0,
         ),

@@ -79,7 +79,7 @@ def gradient_tile(
 ):  # fmt: skip
     """(P M, dS, dS times softcap's slope) of a tile in either orientation, from qk = Q K^T
     and dp = dout V^T. lse, in log2, is +inf where there is no query."""
-    _, BIAS, _, _, _, _, scale, softcap, _, _ = scores
+    _, _, _, _, _, _, scale, softcap, _, _ = scores
     slope_of_cap = 1.0
     if OPTIONS.softcap:
         capped = softcap_tanh(qk, scale, softcap)
@@ -97,7 +97,7 @@ def gradient_tile(
         weights = p * factor
         dp = dp * factor
     ds = p * (dp - delta)
-    if MASKED or BIAS is not None:
+    if MASKED or OPTIONS.bias:
         # What is hidden may be infinite, and 0 times that is no 0.
         ds = tl.where(s == float("-inf"), 0.0, ds)
     return weights, ds, ds * slope_of_cap

@@ -21,9 +21,9 @@ from .vocabulary import (
     load_rows,
     product,
     row_of,
+    scores_of,
     sequence_of_keys,
     sequence_of_queries,
-    slope_of,
     softcap_tanh,
 )
 
@@ -55,8 +55,8 @@ def attend(
     PAGE_SIZE: tl.constexpr, DIMS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over keys first to end; with MASKED some rows may not see some of them."""
-    _, BIAS, _, _, _, len_k, scale, softcap, _, _ = scores
-    PLAIN: tl.constexpr = not OPTIONS.softcap and not OPTIONS.alibi and BIAS is None
+    _, _, _, _, _, len_k, scale, softcap, _, _ = scores
+    PLAIN: tl.constexpr = not OPTIONS.softcap and not OPTIONS.alibi and not OPTIONS.bias
     for start in tl.range(first, end, BLOCK_N):
         k = load_block(
             k_of, start, len_k, pages, DESCRIBED, PAGE_SIZE,
@@ -205,12 +205,10 @@ def forward_kernel(
         Q = row_of(Q, batch, q_begin, 0, stride_q_batch, stride_q, stride_q_head)
         Q += i.to(tl.int64)[:, None] * stride_q + head[:, None] * stride_q_head
         q = tl.load(Q + d[None, :], mask=real[:, None] & (d < DIMS.qk)[None, :], other=0.0)
-    scores = (
-        slope_of(SLOPES, batch, head[:, None], stride_slopes),
-        BIAS if BIAS is None else row_of(
-            BIAS, batch, 0, head[:, None], stride_bias_batch, 0, stride_bias_head
-        ),
-        stride_bias_i, stride_bias_j, len_q, len_k, scale, softcap, left, right,
+    scores = scores_of(
+        SLOPES, BIAS, batch, head[:, None],
+        (stride_slopes, stride_bias_batch, stride_bias_head, stride_bias_i, stride_bias_j),
+        (len_q, len_k), (scale, softcap, left, right), OPTIONS,
     )  # fmt: skip
     first_i = block * BLOCK_M // GROUP
     last_i = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, len_q - 1)

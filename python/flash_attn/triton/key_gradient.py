@@ -12,9 +12,9 @@ from .vocabulary import (
     load_rows,
     product,
     row_of,
+    scores_of,
     sequence_of_keys,
     sequence_of_queries,
-    slope_of,
 )
 
 
@@ -159,12 +159,10 @@ def key_gradient_kernel(
         )
         lse_of = row_of(LSE, batch, q_begin, head, stride_lse_batch, 1, stride_lse_head)
         delta_of = row_of(DELTA, batch, q_begin, head, stride_lse_batch, 1, stride_lse_head)
-        scores = (
-            slope_of(SLOPES, batch, head, stride_slopes),
-            BIAS if BIAS is None else row_of(
-                BIAS, batch, 0, head, stride_bias_batch, 0, stride_bias_head
-            ),
-            stride_bias_i, stride_bias_j, len_q, len_k, scale, softcap, left, right,
+        scores = scores_of(
+            SLOPES, BIAS, batch, head,
+            (stride_slopes, stride_bias_batch, stride_bias_head, stride_bias_i, stride_bias_j),
+            (len_q, len_k), (scale, softcap, left, right), OPTIONS,
         )  # fmt: skip
         last_j = tl.minimum(first_j + BLOCK_N, len_k) - 1
         edges = query_ranges(first_j, last_j, scores, OPTIONS, BLOCK_M)

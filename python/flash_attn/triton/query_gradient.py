@@ -13,9 +13,9 @@ from .vocabulary import (
     load_rows,
     product,
     row_of,
+    scores_of,
     sequence_of_keys,
     sequence_of_queries,
-    slope_of,
 )
 
 
@@ -123,12 +123,10 @@ def query_gradient_kernel(
     dout = load_rows(DOUT, first_i, len_q, stride_dout, BLOCK_M, DIMS.v, DIMS.padded_v, True)
     i = first_i + tl.arange(0, BLOCK_M)
     lse, delta = row_terms(LSE, DELTA, i, len_q)
-    scores = (
-        slope_of(SLOPES, batch, head, stride_slopes),
-        BIAS if BIAS is None else row_of(
-            BIAS, batch, 0, head, stride_bias_batch, 0, stride_bias_head
-        ),
-        stride_bias_i, stride_bias_j, len_q, len_k, scale, softcap, left, right,
+    scores = scores_of(
+        SLOPES, BIAS, batch, head,
+        (stride_slopes, stride_bias_batch, stride_bias_head, stride_bias_i, stride_bias_j),
+        (len_q, len_k), (scale, softcap, left, right), OPTIONS,
     )  # fmt: skip
     last_i = tl.minimum(first_i + BLOCK_M, len_q) - 1
     edges = key_ranges(first_i, last_i, scores, 0, 1, False, OPTIONS, BLOCK_N)

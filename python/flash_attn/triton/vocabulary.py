@@ -9,6 +9,8 @@ What always goes together goes as a tuple, `dropout = (key0, key1, counter3, thr
 
     scores = (ALiBi's slope, address of the head's attn_bias, stride_bias_i, stride_bias_j,
               len_q, len_k, scale, softcap, left, right)
+
+which `scores_of` makes of a kernel's arguments.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Options(NamedTuple):
     has_right: bool
     softcap: bool
     alibi: bool
+    bias: bool
     boolean: bool  # attn_bias says what to keep
     dropout: bool
 
@@ -200,6 +203,20 @@ def slope_of(SLOPES, batch, head, stride_slopes):
 
 
 @triton.jit
+def scores_of(SLOPES, BIAS, batch, head, strides, lengths, numbers, OPTIONS: tl.constexpr):
+    """`scores` of a head, or of a column of heads: strides of SLOPES and of BIAS by batch entry,
+    head, query and key, (len_q, len_k), (scale, softcap, left, right)."""
+    bias = 0
+    if OPTIONS.bias:
+        bias = row_of(BIAS, batch, 0, head, strides[1], 0, strides[2])
+    slope = slope_of(SLOPES, batch, head, strides[0])
+    return (
+        slope, bias, strides[3], strides[4], lengths[0], lengths[1],
+        numbers[0], numbers[1], numbers[2], numbers[3],
+    )  # fmt: skip
+
+
+@triton.jit
 def is_visible(i, j, scores, OPTIONS: tl.constexpr):
     """Which keys j the queries i see, aligned to the bottom right corner. Queries past the last are
     taken to see what their position would."""
@@ -221,7 +238,7 @@ def add_bias(s, i, j, scores, OPTIONS: tl.constexpr):
     if OPTIONS.alibi:
         distance = tl.abs(i + (len_k - len_q) - j).to(tl.float32)
         s -= slope * LOG2E * distance
-    if BIAS is not None:
+    if OPTIONS.bias:
         offset = i.to(tl.int64) * stride_bias_i + j.to(tl.int64) * stride_bias_j
         bias = tl.load(BIAS + offset, mask=(i < len_q) & (j < len_k), other=0)
         if OPTIONS.boolean:
