@@ -193,6 +193,9 @@ class BackwardTaskRun {
   HWY_INLINE void accumulate(const BackwardPanel& panel, const KeyTile& keys, bool first) {
     const ScoreTile tile = run_.score_tile(panel, keys, p_);
     if (tile.begin >= tile.end) return;
+    if constexpr (Products::kPairs) {
+      if (products_.takes_chunks(panel)) return products_.differentiate(panel, tile, first);
+    }
     compute_gradients(panel, tile, !Products::kPairs && derivatives_ == nullptr);
     if (derivatives_ != nullptr) apply_derivatives(panel, tile);
     products_.accumulate(panel, tile, first);

@@ -24,9 +24,9 @@ double flops_per_pair(const AttentionProblem& problem) {
   return 2.0 * static_cast<double>(3 * problem.head_dim + 2 * problem.head_dim_v);
 }
 
-int64_t num_chunks(const AttentionProblem& problem) {
+int64_t num_chunks(const AttentionProblem& problem, int64_t tile_keys) {
   const int64_t sequences = std::max<int64_t>(problem.batch * problem.num_heads_kv, 1);
-  const int64_t tiles = (problem.seqlen_k + kLongTileKeys - 1) / kLongTileKeys;
+  const int64_t tiles = (problem.seqlen_k + tile_keys - 1) / tile_keys;
   const double flops = flops_per_pair(problem) * static_cast<double>(problem.seqlen_q) *
                        static_cast<double>(problem.seqlen_k) *
                        static_cast<double>(problem.num_heads / problem.num_heads_kv);
@@ -54,7 +54,9 @@ struct WorkspaceLayout {
     buffers =
         BackwardBuffersLayout::book(book, problem, whole_heads ? 0 : lanes, num_chunks, pairs);
     shared = book.total();
-    scratch = BackwardScratch::layout(problem, kLongTileKeys, pairs, {own_lanes, num_chunks}).total;
+    scratch =
+        BackwardScratch::layout(problem, set.backward_tile_keys, pairs, {own_lanes, num_chunks})
+            .total;
   }
 };
 
@@ -92,7 +94,8 @@ class BackwardPlan final : public core::Plan {
   BackwardPlan(const AttentionProblem& problem, const InstructionSet& set)
       : problem_(problem),
         set_(set),
-        num_chunks_(num_chunks(problem)),
+        tile_keys_(set.backward_tile_keys),
+        num_chunks_(num_chunks(problem, tile_keys_)),
         whole_heads_(problem, set, num_chunks_, true),
         phases_(problem, set, num_chunks_, false) {}
 
@@ -105,7 +108,7 @@ class BackwardPlan final : public core::Plan {
              const core::Stream& stream) const override {
     float* shared = static_cast<float*>(workspace);
     const WorkspaceLayout& layout = layout_for(stream.parallel->num_workers());
-    const BackwardCall call{make_call(args, problem_, set_, kLongTileKeys, false),
+    const BackwardCall call{make_call(args, problem_, set_, tile_keys_, false),
                             layout.buffers.at(shared),
                             shared + layout.lse,
                             shared + layout.delta,
@@ -191,12 +194,12 @@ class BackwardPlan final : public core::Plan {
     std::vector<BackwardTask> tasks;
     for (int32_t b = 0; b < problem_.batch; ++b) {
       const core::Sequence sequence = core::sequence(call.args, problem_, b);
-      const int64_t tiles = (sequence.seqlen_k + kLongTileKeys - 1) / kLongTileKeys;
+      const int64_t tiles = (sequence.seqlen_k + tile_keys_ - 1) / tile_keys_;
       const int64_t panels = call.panels_per_head_kv(sequence);
       for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-        const int64_t begin = chunk * tiles / num_chunks * kLongTileKeys;
+        const int64_t begin = chunk * tiles / num_chunks * tile_keys_;
         const int64_t end =
-            std::min((chunk + 1) * tiles / num_chunks * kLongTileKeys, sequence.seqlen_k);
+            std::min((chunk + 1) * tiles / num_chunks * tile_keys_, sequence.seqlen_k);
         const double cost = pairs(sequence, begin, end) * flops_per_pair(problem_);
         for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
           tasks.push_back({b, h, chunk, panels, cost * static_cast<double>(call.group)});
@@ -210,8 +213,8 @@ class BackwardPlan final : public core::Plan {
   // Query-key pairs of the keys [begin, end) of one head, to within a tile.
   double pairs(const core::Sequence& sequence, int64_t begin, int64_t end) const {
     double sum = 0;
-    for (int64_t key = begin; key < end; key += kLongTileKeys) {
-      const int64_t last = std::min(key + kLongTileKeys, end) - 1;
+    for (int64_t key = begin; key < end; key += tile_keys_) {
+      const int64_t last = std::min(key + tile_keys_, end) - 1;
       const auto seen_by = [&](int64_t j) {
         return semantics::visible_queries(j, sequence.seqlen_q, sequence.seqlen_k, problem_.band);
       };
@@ -224,7 +227,7 @@ class BackwardPlan final : public core::Plan {
 
   std::vector<BackwardTask> bias_tasks(const AttentionArgs& args) const {
     const core::TensorView& bias = args.d_attn_bias;
-    const int64_t num_tiles = (problem_.seqlen_k + kLongTileKeys - 1) / kLongTileKeys;
+    const int64_t num_tiles = (problem_.seqlen_k + tile_keys_ - 1) / tile_keys_;
     const int64_t num_blocks = (problem_.seqlen_q + set_.panel - 1) / set_.panel;
     const int64_t parts = bias_extent(bias, 1) > 1   ? num_tiles
                           : bias_extent(bias, 2) > 1 ? num_blocks
@@ -263,6 +266,7 @@ class BackwardPlan final : public core::Plan {
 
   const AttentionProblem problem_;
   const InstructionSet set_;
+  const int64_t tile_keys_;
   const int64_t num_chunks_;
   const WorkspaceLayout whole_heads_;
   const WorkspaceLayout phases_;

@@ -18,8 +18,11 @@ inline constexpr int64_t kMaxLanes = 16;  // fp32 in the widest vector
 inline constexpr int64_t kMaxPanel = 64;  // queries of one panel
 inline constexpr int64_t kTileKeys = 96;  // keys of one tile; divisible by every register tile
 // Longer tiles for the backward, which reads every panel anew for each (71 -> 86 GFLOP/s at
-// head_dim 128), and for products of pairs: each reads and writes its sums once per tile.
+// head_dim 128).
 inline constexpr int64_t kLongTileKeys = 192;
+// Of the forward in pairs, where O += P V reads and writes O once per tile. A multiple of the
+// above.
+inline constexpr int64_t kPairTileKeys = 2 * kLongTileKeys;
 // Queries of a key head that are few enough to go row by row through keys and values.
 inline constexpr int64_t kFewQueries = 8;
 inline constexpr int64_t kMaxHeadsTogether = 16;  // key heads of a task of few queries
@@ -216,6 +219,7 @@ struct InstructionSet {
   int64_t panel_bytes = 256 * 1024;
   const PairKernels* pairs = nullptr;  // where set, the kernels take bfloat16 alone
   CeilingLoops ceilings{};             // none: those of a set behind it in the list hold for it too
+  int64_t backward_tile_keys = kLongTileKeys;
 };
 
 // Those that the kernels were compiled for, best first.

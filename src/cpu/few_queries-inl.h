@@ -32,8 +32,14 @@ class FewQueriesRun {
     semantics::Range keys{};
     for (int64_t h = 0; h < num_heads_; ++h) keys = heads_[h]->start();
     dispatch_dtype(call_.args.k.dtype, [&](auto dtype) HWY_ATTR {
-      first_head().run().for_each_tile(
-          keys, [&](const KeyTile& tile) HWY_ATTR { attend<dtype()>(tile.keys, keys.end); });
+      first_head().run().for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
+        int64_t begin = tile.keys.begin;
+        while (begin < tile.keys.end) {
+          const int64_t end = std::min<int64_t>(round_up(begin + 1, kLongTileKeys), tile.keys.end);
+          attend<dtype()>({begin, end}, keys.end);
+          begin = end;
+        }
+      });
     });
     for (int64_t h = 0; h < num_heads_; ++h) heads_[h]->finish();
   }

@@ -168,39 +168,31 @@ class ForwardTaskRun {
   HWY_INLINE void attend(ForwardPanel& panel, const KeyTile& keys) const {
     const ScoreTile tile = run_.score_tile(panel, keys, scores_);
     if (tile.begin >= tile.end) return;
-    const auto rescale = [&](const float* correction)
-                             HWY_ATTR { products_.rescale(panel, correction); };
-    if (!Products::kPairs || problem_.dropout) {
-      compute_scores(panel, tile);
-      online_softmax<false>(panel, tile, 1.0f, rows_of(panel, tile, run_), rescale);
-      if (problem_.dropout) apply_dropout(call_, panel, tile, task_.batch);
-      if (Products::kPairs) pack_pairs(panel, tile);
+    if constexpr (Products::kPairs) {
+      products_.attend(panel, tile, task_.batch);
     } else {
-      const bool scales_late = run_.may_scale_late();
-      compute_scores(panel, tile, scales_late);
-      online_softmax<true>(panel, tile, scales_late ? call_.scale_log2 : 1.0f,
-                           rows_of(panel, tile, run_), rescale);
+      const auto rescale = [&](const float* correction)
+                               HWY_ATTR { products_.rescale(panel, correction); };
+      compute_scores(panel, tile);
+      online_softmax(panel, tile, rows_of(panel, tile, run_), rescale);
+      if (problem_.dropout) apply_dropout(call_, panel, tile, task_.batch);
+      products_.values(panel, tile);
+      panel.started = true;
     }
-    if (Products::kPairs) clear_pairs_around(panel, tile);
-    products_.values(panel, tile);
-    panel.started = true;
   }
 
   // The rows of each column of scores whose probabilities are read: those that a register tile of
-  // O += P V sees, or all where P is multiplied whole.
+  // O += P V sees.
   HWY_INLINE static auto rows_of(const ForwardPanel& panel, const ScoreTile& tile,
                                  const SequenceRun& run) {
-    return [&tile, keys_of = run.keys_of(panel, tile)](int64_t v) HWY_ATTR {
-      if (Products::kPairs) return semantics::Range{tile.begin, tile.end};
+    return [keys_of = run.keys_of(panel, tile)](int64_t v) HWY_ATTR {
       return keys_of(v * kLanes / kValueRows * kValueRows, round_up((v + 1) * kLanes, kValueRows));
     };
   }
 
-  // scales_late: the softmax applies the scale that the products left out.
-  HWY_INLINE void compute_scores(const ForwardPanel& panel, const ScoreTile& tile,
-                                 bool scales_late = false) const {
+  HWY_INLINE void compute_scores(const ForwardPanel& panel, const ScoreTile& tile) const {
     products_.scores(panel, tile);
-    run_.finish_scores(panel, tile, scales_late);
+    run_.finish_scores(panel, tile, false);
   }
 
   HWY_INLINE float sink_log2(int64_t head) const {

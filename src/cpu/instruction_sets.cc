@@ -31,7 +31,7 @@ void add_pairs(const char* name, bool (*supported)(), const PairKernels* pairs,
                std::vector<InstructionSet>& list) {
   constexpr int64_t kPanelBytes = 512 * 1024;
   list.push_back({name, supported, pair_forward_kernels<HWY_AVX3>(),
-                  pair_backward_kernels<HWY_AVX3>(), panel_size<HWY_AVX3>(), kLongTileKeys,
+                  pair_backward_kernels<HWY_AVX3>(), panel_size<HWY_AVX3>(), kPairTileKeys,
                   kPanelBytes, pairs});
 }
 #endif

@@ -68,7 +68,7 @@ class PairGradientProducts {
   }
 
   HWY_INLINE void load_tile(const KeyTile& tile) const {
-    const uint16_t* rows[kLongTileKeys];
+    const uint16_t* rows[kPairTileKeys];
     const int64_t count = tile.keys.end - tile.first_key;
     run_.find_rows(call_.args.v, tile, rows);
     call_.pairs->pack_a({rows, count, call_.problem.head_dim_v}, v_, kPairRows * v_depth_);
@@ -92,25 +92,56 @@ class PairGradientProducts {
     started_ = false;
   }
 
-  // Panels come in the order of their numbers.
+  // Panels come in the order of their numbers. P and dS of the whole tile are there.
   HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, bool first) {
-    if (gathered_.empty() || panel.number >= gathered_.begin + kGatheredPanels) {
-      flush();
-      gathered_ = {panel.number, panel.number};
-    }
-    // Those that were left out see nothing of the tile.
-    for (int64_t p = gathered_.end; p < panel.number; ++p) {
-      clear(gathered_at(gathered_p_, p), 0, num_rows_);
-      clear(gathered_at(gathered_ds_, p), 0, num_rows_);
-    }
-    gathered_.end = panel.number + 1;
+    start_panel(panel);
     gather(panel, tile, gathered_at(gathered_p_, panel.number));
     gather(panel, tile.in(ds_), gathered_at(gathered_ds_, panel.number));
-
     const ScoreTile ds = tile.in(ds_);
     pack_pairs(panel, ds);
     clear_pairs_around(panel, ds);
     pair_key_sum(call_, panel, ds, k_transposed_, k_row_, !first, panel.dq);
+  }
+
+  // Whether `differentiate` serves a panel.
+  HWY_INLINE bool takes_chunks(const QueryPanel& panel) const {
+    return fills_chunks(panel) && !call_.problem.dropout && !call_.problem.softcap;
+  }
+
+  // The same from the scores on, chunk by chunk: P and dS are rounded before they leave L1, while
+  // the products of the next chunk are under way.
+  HWY_INLINE void differentiate(const BackwardPanel& panel, const ScoreTile& tile, bool first) {
+    start_panel(panel);
+    const int64_t begin = tile.begin / kChunkKeys * kChunkKeys;
+    const int64_t end = round_up(tile.end, kChunkKeys);
+    uint16_t* const p_to = gathered_at(gathered_p_, panel.number);
+    uint16_t* const ds_to = gathered_at(gathered_ds_, panel.number);
+    for (uint16_t* to : {p_to, ds_to}) {
+      clear(to, 0, begin);
+      clear(to, end, num_rows_);
+    }
+    ScoreTile pairs = tile.in(ds_);
+    pairs.begin = begin;
+    pairs.end = end;
+    pairs.column_step = call_.tile_keys / 2 * kLanes;
+    const bool scales_late = run_.may_scale_late();
+    for (int64_t at = begin; at < end; at += kChunkKeys) {
+      const Chunk chunk = this->chunk(panel, tile, at),
+                  next = this->chunk(panel, tile, at + kChunkKeys);
+      if (at == begin) {
+        for (const PairProduct& product : chunk.products) call_.pairs->multiply(product);
+      }
+      ScoreTile scores = chunk.scores;
+      run_.finish_scores(panel, scores, scales_late);
+      hide_rows_outside(scores);
+      const int64_t row = at / kPairRows * kGatheredStep;
+      call_.pairs->differentiate(
+          {scores.scores, chunk.products[1].c, scales_late ? call_.scale_log2 : 1.0f, panel.lse,
+           panel.delta, p_to + row, ds_to + row, kGatheredStep, words(pairs.at(at / 2, 0)),
+           pairs.column_step},
+          at + kChunkKeys < end ? next.products : nullptr);
+    }
+    pair_key_sum(call_, panel, pairs, k_transposed_, k_row_, !first, panel.dq);
   }
 
   HWY_INLINE void finish_tile() {
@@ -132,6 +163,33 @@ class PairGradientProducts {
   }
 
  private:
+  // The keys from row `first` of a tile on; S and dP lie in p_, in two buffers each.
+  struct Chunk {
+    ScoreTile scores;
+    PairProduct products[2];  // S and dP
+  };
+  HWY_INLINE Chunk chunk(const BackwardPanel& panel, const ScoreTile& tile, int64_t first) const {
+    const ScoreTile scores = chunk_of(tile, first);
+    const ScoreTile dp = scores.in(scores.scores + 2 * kChunkKeys * kPanel);
+    return {scores,
+            {whole_product(k_ + first * k_depth_, k_depth_, panel.q, scores),
+             whole_product(v_ + first * v_depth_, v_depth_, panel.dout, dp)}};
+  }
+
+  // Makes room for a panel's P and dS.
+  HWY_INLINE void start_panel(const BackwardPanel& panel) {
+    if (gathered_.empty() || panel.number >= gathered_.begin + kGatheredPanels) {
+      flush();
+      gathered_ = {panel.number, panel.number};
+    }
+    // Those that were left out see nothing of the tile.
+    for (int64_t p = gathered_.end; p < panel.number; ++p) {
+      clear(gathered_at(gathered_p_, p), 0, num_rows_);
+      clear(gathered_at(gathered_ds_, p), 0, num_rows_);
+    }
+    gathered_.end = panel.number + 1;
+  }
+
   static uint16_t* halves(float* at) { return reinterpret_cast<uint16_t*>(at); }
   static uint32_t* words(float* at) { return reinterpret_cast<uint32_t*>(at); }
 

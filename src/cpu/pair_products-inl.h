@@ -7,9 +7,8 @@
 #define FA_CPU_PAIR_PRODUCTS_INL_H_
 #endif
 
-#include "cpu/pairs.h"
+#include "cpu/pair_softmax-inl.h"
 #include "cpu/sequence-inl.h"
-#include "cpu/softmax-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fa::cpu {
@@ -40,6 +39,50 @@ HWY_INLINE void pair_score_product(const AttentionCall& call, const SequenceRun&
                           .depth = depth,
                           .accumulate = false});
   }
+}
+
+// The scores of the tile's chunk from row `first` on, in one of two buffers that take turns.
+HWY_INLINE ScoreTile chunk_of(const ScoreTile& tile, int64_t first) {
+  return {tile.scores + first / kChunkKeys % 2 * kChunkKeys * kPanel,
+          tile.first_key + first,
+          std::max<int64_t>(tile.begin - first, 0),
+          std::min(tile.end - first, kChunkKeys),
+          kLanes,
+          kChunkColumn};
+}
+
+// s = -inf in rows outside the tile, so that the chunk is a whole one.
+HWY_INLINE void hide_rows_outside(ScoreTile& chunk) {
+  const auto hide = [&](int64_t begin, int64_t end) HWY_ATTR {
+    for (int64_t v = 0; v < kPanel / kLanes; ++v) {
+      std::fill_n(chunk.at(begin, v), (end - begin) * kLanes, kMinusInfinity);
+    }
+  };
+  if (chunk.begin > 0) hide(0, chunk.begin);
+  if (chunk.end < kChunkKeys) hide(chunk.end, kChunkKeys);
+  chunk.begin = 0;
+  chunk.end = kChunkKeys;
+}
+
+// Whether a panel's chunks are as wide as the kernels for chunks want them.
+HWY_INLINE bool fills_chunks(const QueryPanel& panel) {
+  return panel.vectors() * kLanes == kChunkLanes;
+}
+
+// The product of a whole chunk of keys.
+HWY_INLINE PairProduct whole_product(const uint16_t* a, int64_t depth, const float* b,
+                                     const ScoreTile& chunk) {
+  return {.a = a,
+          .a_row_step = kPairRows * depth,
+          .b = reinterpret_cast<const uint32_t*>(b),
+          .b_depth_step = kBlockB,
+          .b_column_step = kPairColumns * depth / 2,
+          .c = chunk.scores,
+          .c_column_step = chunk.column_step,
+          .rows = kChunkKeys,
+          .columns = kChunkLanes,
+          .depth = depth,
+          .accumulate = false};
 }
 
 // C += A P^T or A dS^T, for what the panel's queries see. a: blocks of tile_keys of depth; p: pairs
@@ -83,6 +126,9 @@ class PairProducts {
         run_(run),
         depth_(round_up(call.problem.head_dim, kPairDepth)),
         v_rows_(round_up(call.problem.head_dim_v, kPairRows)),
+        scales_late_(run.may_scale_late() && !call.problem.dropout),
+        scale_(scales_late_ ? call.scale_log2 : 1.0f),
+        most_lag_(call.problem.wants_s_dmask ? 0.0f : kMostLag),  // which wants the maximum itself
         k_(reinterpret_cast<uint16_t*>(scratch + layout.k)),
         v_(reinterpret_cast<uint16_t*>(scratch + layout.v)) {
     call_.pairs->begin();
@@ -102,7 +148,7 @@ class PairProducts {
   }
 
   HWY_INLINE void load_keys(const KeyTile& tile) const {
-    const uint16_t* rows[kLongTileKeys];
+    const uint16_t* rows[kPairTileKeys];
     run_.find_rows(call_.args.k, tile, rows);
     call_.pairs->pack_a({rows, tile.keys.end - tile.first_key, call_.problem.head_dim}, k_,
                         kPairRows * depth_);
@@ -110,7 +156,7 @@ class PairProducts {
 
   // V^T; zeros where the tile has no key, since a zero P meets them.
   HWY_INLINE void load_values(const KeyTile& tile) const {
-    const uint16_t* rows[kLongTileKeys];
+    const uint16_t* rows[kPairTileKeys];
     run_.find_rows(call_.args.v, tile, rows);
     call_.pairs->pack_a_transposed({rows, tile.keys.end - tile.first_key, call_.problem.head_dim_v},
                                    v_, kPairRows * call_.tile_keys);
@@ -120,6 +166,85 @@ class PairProducts {
     pair_score_product(call_, run_, panel, tile, k_, depth_, panel.q);
   }
 
+  // S, P = softmax(S), O += P V for one panel and one tile. The scores of a chunk of keys become
+  // probabilities before they leave L1; O += P V has the whole tile, since it reads and writes O.
+  HWY_INLINE void attend(ForwardPanel& panel, const ScoreTile& tile, int64_t batch) const {
+    if (!panel.started) {
+      std::fill_n(panel.running_max, kPanel, kMinusInfinity);
+      std::fill_n(panel.running_sum, kPanel, 0.0f);
+    }
+    const bool whole = fills_chunks(panel) && !call_.problem.dropout;
+    ScoreTile pairs = pairs_of(tile);
+    pairs.end = pairs.begin;
+    for (int64_t first = tile.begin / kChunkKeys * kChunkKeys; first < tile.end;
+         first += kChunkKeys) {
+      ScoreTile chunk = chunk_of(tile, first);
+      if (!whole || pairs.end == tile.begin) {  // else it was multiplied beside the one before
+        pair_score_product(call_, run_, panel, chunk, k_ + first * depth_, depth_, panel.q);
+      }
+      run_.finish_scores(panel, chunk, scales_late_);
+      const int64_t end = first + chunk.end;
+      if (whole) hide_rows_outside(chunk);
+      alignas(64) float correction[kPanel];
+      if (raise_maxima(panel, chunk, scale_, most_lag_, correction)) {
+        add_values(panel, pairs);
+        pairs.begin = pairs.end;
+        if (panel.started) rescale(panel, correction);
+      }
+      if (whole) {
+        exponentiate(panel, tile, first, pairs);
+      } else {
+        store_probabilities(call_, panel, chunk, scale_, batch, pairs.at(first / 2, 0),
+                            pairs.column_step);
+      }
+      pairs.end = end;
+    }
+    add_values(panel, pairs);
+  }
+
+  // O from O^T, one row per lane.
+  HWY_INLINE void store_rows(const ForwardPanel& panel, float* HWY_RESTRICT rows) const {
+    rows_of_blocks(panel.o, v_rows_, panel.num_lanes, rows, v_rows_);
+  }
+
+ private:
+  // The subtrahend of scores in base 2 is a maximum that may lag behind by as much, so that what
+  // was accumulated is rescaled rarely. Sums stay far from overflow, and bfloat16 as precise.
+  static constexpr float kMostLag = 8.0f;
+
+  // The tile's probabilities, in pairs behind both: [kPanel / kLanes][tile_keys / 2][kLanes].
+  HWY_INLINE ScoreTile pairs_of(const ScoreTile& tile) const {
+    ScoreTile pairs = tile.in(tile.scores + 2 * kChunkKeys * kPanel);
+    pairs.column_step = call_.tile_keys / 2 * kLanes;
+    return pairs;
+  }
+
+  // p = exp2(s - maximum) of a whole chunk, while the scores of the next one are multiplied.
+  HWY_INLINE void exponentiate(const ForwardPanel& panel, const ScoreTile& tile, int64_t first,
+                               const ScoreTile& pairs) const {
+    alignas(64) float maximum[kPanel];
+    for (int64_t v = 0; v < panel.vectors(); ++v) {
+      const Float m = hn::Load(kFloats, panel.running_max + v * kLanes);
+      hn::Store(finite_maximum(m), kFloats, maximum + v * kLanes);
+    }
+    const int64_t next = first + kChunkKeys;
+    const PairProduct product =
+        whole_product(k_ + next * depth_, depth_, panel.q, chunk_of(tile, next));
+    call_.pairs->exponentiate(
+        {chunk_of(tile, first).scores, scale_, maximum, panel.running_sum,
+         reinterpret_cast<uint32_t*>(pairs.at(first / 2, 0)), pairs.column_step},
+        next < tile.end ? &product : nullptr);
+  }
+
+  // O += P V.
+  HWY_INLINE void add_values(ForwardPanel& panel, const ScoreTile& pairs) const {
+    if (pairs.begin >= pairs.end) return;
+    clear_pairs_around(panel, pairs);
+    pair_key_sum(call_, panel, pairs, v_, v_rows_, panel.started, panel.o);
+    panel.started = true;
+  }
+
+  // Multiplies what was accumulated for queries whose maximum was replaced.
   HWY_INLINE void rescale(const ForwardPanel& panel, const float* HWY_RESTRICT correction) const {
     for (int64_t v = 0; v < panel.vectors(); ++v) {
       const Float factor = hn::Load(kFloats, correction + v * kLanes);
@@ -131,20 +256,13 @@ class PairProducts {
     }
   }
 
-  HWY_INLINE void values(const ForwardPanel& panel, const ScoreTile& tile) const {
-    pair_key_sum(call_, panel, tile, v_, v_rows_, panel.started, panel.o);
-  }
-
-  // O from O^T, one row per lane.
-  HWY_INLINE void store_rows(const ForwardPanel& panel, float* HWY_RESTRICT rows) const {
-    rows_of_blocks(panel.o, v_rows_, panel.num_lanes, rows, v_rows_);
-  }
-
- private:
   const ForwardCall& call_;
   const SequenceRun& run_;
   const int64_t depth_;
   const int64_t v_rows_;
+  const bool scales_late_;  // the exponential applies the scale
+  const float scale_;       // by which
+  const float most_lag_;
   uint16_t* const k_;
   uint16_t* const v_;
 };

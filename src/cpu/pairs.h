@@ -45,11 +45,47 @@ struct PairRows {
   int64_t n;
 };
 
+// Keys whose scores of a panel are in work at once, as two chunks: the scores of the next one are
+// multiplied while vector units turn those of this one into what is multiplied then. 8 KiB of fp32
+// each, [kChunkLanes / kPairColumns] blocks of columns of kChunkKeys rows, so that they stay in L1.
+inline constexpr int64_t kChunkKeys = 32;
+inline constexpr int64_t kChunkLanes = 64;
+inline constexpr int64_t kChunkColumn = kChunkKeys * kPairColumns;
+
+// p = exp2(s * scale - maximum) of a whole chunk, as pairs of keys, and sum += what it sums to.
+struct PairProbabilities {
+  const float* scores;
+  float scale;
+  const float* maximum;  // [kChunkLanes], finite
+  float* sum;            // [kChunkLanes]
+  uint32_t* pairs;       // [kChunkKeys / 2][kPairColumns] of each block of columns
+  int64_t column_step;   // words
+};
+
+// p = exp2(s * scale - lse) and ds = p (dp - delta) of a whole chunk.
+struct PairGradients {
+  const float* scores;
+  const float* dp;
+  float scale;
+  const float* lse;    // [kChunkLanes]
+  const float* delta;  // [kChunkLanes]
+  // Both as blocks of A, [kChunkKeys][kChunkLanes], and ds as pairs of keys.
+  uint16_t* p;
+  uint16_t* ds;
+  int64_t row_step;
+  uint32_t* ds_pairs;
+  int64_t column_step;
+};
+
 struct PairKernels {
   // Around a task's products, on the thread that runs them.
   void (*begin)();
   void (*end)();
   void (*multiply)(const PairProduct& product);
+  // What becomes of a chunk, and beside it a product of kChunkKeys rows and kChunkLanes columns, or
+  // two for gradients, or null.
+  void (*exponentiate)(const PairProbabilities& chunk, const PairProduct* beside);
+  void (*differentiate)(const PairGradients& chunk, const PairProduct* beside);
   // A = the rows.
   void (*pack_a)(const PairRows& from, uint16_t* to, int64_t row_step);
   // A = the rows' transpose.

@@ -4,7 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "cpu/pairs.h"
+#include "cpu/pair_chunks.h"
 
 namespace fa::cpu {
 namespace {
@@ -27,49 +27,11 @@ constexpr int64_t kStride = 64;
 // Tile registers have constant names: accumulators 0 to 3, operands 4 to 7. Loads come as early as
 // the registers allow: two threads on a core leave too few for the processor to rename.
 
-// One block of rows and four of columns: each block of A, which comes from farther away, is used
-// four times.
-inline __attribute__((always_inline)) void multiply_1x4(const PairProduct& p, int64_t row,
-                                                        int64_t column) {
-  float* c0 = p.c + row * kBlockC + column * p.c_column_step;
-  float* c1 = c0 + p.c_column_step;
-  float* c2 = c1 + p.c_column_step;
-  float* c3 = c2 + p.c_column_step;
-  if (p.accumulate) {
-    _tile_loadd(0, c0, kStride);
-    _tile_loadd(1, c1, kStride);
-    _tile_loadd(2, c2, kStride);
-    _tile_loadd(3, c3, kStride);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  const uint16_t* a = p.a + row * p.a_row_step;
-  const uint32_t* b = p.b + column * p.b_column_step;
-  for (int64_t d = 0; d < p.depth; d += kPairDepth) {
-    _tile_loadd(4, a, kStride);
-    _tile_loadd(5, b, kStride);
-    _tile_loadd(6, b + p.b_column_step, kStride);
-    _tile_loadd(7, b + 2 * p.b_column_step, kStride);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(5, b + 3 * p.b_column_step, kStride);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(3, 4, 5);
-    a += kBlockA;
-    b += p.b_depth_step;
-  }
-  _tile_stored(0, c0, kStride);
-  _tile_stored(1, c1, kStride);
-  _tile_stored(2, c2, kStride);
-  _tile_stored(3, c3, kStride);
-}
-
-// Two blocks of rows and two of columns.
+// Two blocks of rows and two of columns: the fewest loads per product, which do not overlap.
+// Calls between(), which may do something else, twice for each block of depth.
+template <class Between>
 inline __attribute__((always_inline)) void multiply_2x2(const PairProduct& p, int64_t row,
-                                                        int64_t column) {
+                                                        int64_t column, Between&& between) {
   float* c0 = p.c + row * kBlockC + column * p.c_column_step;
   float* c1 = c0 + p.c_column_step;
   if (p.accumulate) {
@@ -92,8 +54,10 @@ inline __attribute__((always_inline)) void multiply_2x2(const PairProduct& p, in
     _tile_loadd(7, b + p.b_column_step, kStride);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
+    between();
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    between();
     a += kBlockA;
     b += p.b_depth_step;
   }
@@ -122,12 +86,9 @@ inline void multiply_1x1(const PairProduct& p, int64_t row, int64_t column) {
 void multiply(const PairProduct& p) {
   const int64_t rows = p.rows / kPairRows, columns = p.columns / kPairColumns;
   int64_t column = 0;
-  for (; column + 4 <= columns; column += 4) {
-    for (int64_t row = 0; row < rows; ++row) multiply_1x4(p, row, column);
-  }
   for (; column + 2 <= columns; column += 2) {
     int64_t row = 0;
-    for (; row + 2 <= rows; row += 2) multiply_2x2(p, row, column);
+    for (; row + 2 <= rows; row += 2) multiply_2x2(p, row, column, [] {});
     for (; row < rows; ++row) {
       multiply_1x1(p, row, column);
       multiply_1x1(p, row, column + 1);
@@ -136,6 +97,59 @@ void multiply(const PairProduct& p) {
   for (; column < columns; ++column) {
     for (int64_t row = 0; row < rows; ++row) multiply_1x1(p, row, column);
   }
+}
+
+// Spreads the rows of a chunk evenly among `slots` calls.
+template <class Rows>
+class Spread {
+ public:
+  Spread(Rows& rows, int64_t slots) : rows_(rows), step_(kChunkKeys * kOne / slots) {}
+  inline __attribute__((always_inline)) void operator()() {
+    due_ += step_;
+    for (; (row_ + 2) * kOne <= due_; row_ += 2) rows_.two_rows(row_);
+  }
+  inline __attribute__((always_inline)) void finish() {
+    for (; row_ < kChunkKeys; row_ += 2) rows_.two_rows(row_);
+    rows_.finish();
+  }
+
+ private:
+  static constexpr int64_t kOne = 1 << 16;
+  Rows& rows_;
+  const int64_t step_;
+  int64_t due_ = 0;
+  int64_t row_ = 0;
+};
+
+// The tile unit multiplies while vector units do the rows: program order brings both within the
+// processor's reach. Without products, the rows alone.
+template <class Rows>
+inline __attribute__((always_inline)) void multiply_beside(const PairProduct* products, int count,
+                                                           Rows& rows) {
+  if (products == nullptr) {
+    all_rows(rows);
+    return;
+  }
+  constexpr int64_t kBlocks = kChunkLanes / kPairColumns / 2;
+  int64_t slots = 0;
+  for (int i = 0; i < count; ++i) slots += kBlocks * 2 * (products[i].depth / kPairDepth);
+  Spread spread(rows, slots);
+  for (int64_t block = 0; block < count * kBlocks; ++block) {
+    multiply_2x2(
+        products[block / kBlocks], 0,
+        block % kBlocks * 2, [&]() __attribute__((always_inline)) { spread(); });
+  }
+  spread.finish();
+}
+
+void exponentiate(const PairProbabilities& chunk, const PairProduct* beside) {
+  ProbabilityRows rows(chunk);
+  multiply_beside(beside, 1, rows);
+}
+
+void differentiate(const PairGradients& chunk, const PairProduct* beside) {
+  GradientRows rows(chunk);
+  multiply_beside(beside, 2, rows);
 }
 
 // The operating system saves tile registers only for processes that asked for them.
@@ -160,6 +174,8 @@ const PairKernels* amx_pair_kernels() {
   static const PairKernels kernels{begin,
                                    end,
                                    multiply,
+                                   exponentiate,
+                                   differentiate,
                                    avx512->pack_a,
                                    avx512->pack_a_transposed,
                                    avx512->pack_b,

@@ -2,7 +2,7 @@
 // inline and shared with other sources, standard headers included.
 #include <immintrin.h>
 
-#include "cpu/pairs.h"
+#include "cpu/pair_chunks.h"
 
 namespace fa::cpu {
 namespace {
@@ -75,6 +75,18 @@ void multiply(const PairProduct& p) {
   for (; block + 4 <= blocks; block += 4) multiply_strip<4, 4>(p, block);
   for (; block + 2 <= blocks; block += 2) multiply_strip<8, 2>(p, block);
   for (; block < blocks; ++block) multiply_strip<16, 1>(p, block);
+}
+
+void exponentiate(const PairProbabilities& chunk, const PairProduct* beside) {
+  if (beside != nullptr) multiply(*beside);
+  ProbabilityRows rows(chunk);
+  all_rows(rows);
+}
+
+void differentiate(const PairGradients& chunk, const PairProduct* beside) {
+  for (int i = 0; i < 2 && beside != nullptr; ++i) multiply(beside[i]);
+  GradientRows rows(chunk);
+  all_rows(rows);
 }
 
 // Elements [at, at + 32) of a row, zeros past its end.
@@ -193,8 +205,9 @@ void round_to_a(const float* from, int64_t column_step, int64_t begin, int64_t e
 
 void nothing() {}
 
-constexpr PairKernels kKernels{nothing,           nothing, multiply,          pack_a,
-                               pack_a_transposed, pack_b,  pack_b_transposed, round_to_a};
+constexpr PairKernels kKernels{nothing,           nothing,   multiply,          exponentiate,
+                               differentiate,     pack_a,    pack_a_transposed, pack_b,
+                               pack_b_transposed, round_to_a};
 
 }  // namespace
 

@@ -1,0 +1,151 @@
+// Vector arithmetic on chunks of scores, two keys at a time, so that products can be put between.
+// For the sources with AVX-512 flags of their own: everything here has internal linkage.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/pairs.h"
+
+namespace fa::cpu {
+namespace {
+
+constexpr int64_t kVectorLanes = 16;
+constexpr int kChunkVectors = kChunkLanes / kVectorLanes;
+
+// Keeps GCC from putting the additions of many steps off to the last, with all terms spilled.
+inline __attribute__((always_inline)) void add_now(__m512& sum, __m512 term) {
+  sum = _mm512_add_ps(sum, term);
+  asm volatile("" : "+v"(sum));
+}
+
+// 2^x, relative error under 2e-7; 0 for -inf; NaN for NaN. Minimax polynomial on [0, 1) whose
+// constant term is 1, so that 2^0 is exactly 1.
+inline __attribute__((always_inline)) __m512 exp2_of(__m512 x) {
+  constexpr int kMinusFloor = 0x09;  // x - floor(x), without exceptions
+  const __m512 f = _mm512_reduce_ps(x, kMinusFloor);
+  __m512 p = _mm512_set1_ps(0.0018671302823349833f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.009017029777169228f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.05579991266131401f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24016444385051727f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6931512951850891f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, x);
+}
+
+// Both rounded to bfloat16, halves away from zero, in the low and the high half of each word.
+inline __attribute__((always_inline)) __m512i pair_of(__m512 low, __m512 high) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i low_bits = _mm512_add_epi32(_mm512_castps_si512(low), half);
+  const __m512i high_bits = _mm512_add_epi32(_mm512_castps_si512(high), half);
+  constexpr __mmask32 kHighHalves = 0xAAAAAAAA;
+  return _mm512_mask_blend_epi16(kHighHalves, _mm512_srli_epi32(low_bits, 16), high_bits);
+}
+
+// PairProbabilities, two keys at a time.
+class ProbabilityRows {
+ public:
+  explicit ProbabilityRows(const PairProbabilities& chunk)
+      : chunk_(chunk), scale_(_mm512_set1_ps(chunk.scale)) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kChunkVectors; ++v) {
+      maximum_[v] = _mm512_loadu_ps(chunk.maximum + v * kVectorLanes);
+      sum_[v] = _mm512_loadu_ps(chunk.sum + v * kVectorLanes);
+    }
+  }
+
+  // Rows `row` and `row` + 1.
+  inline __attribute__((always_inline)) void two_rows(int64_t row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kChunkVectors; ++v) {
+      const float* scores = chunk_.scores + v * kChunkColumn + row * kVectorLanes;
+      const __m512 even = probability(scores, maximum_[v]);
+      const __m512 odd = probability(scores + kVectorLanes, maximum_[v]);
+      add_now(sum_[v], _mm512_add_ps(even, odd));
+      _mm512_storeu_si512(chunk_.pairs + v * chunk_.column_step + row / 2 * kVectorLanes,
+                          pair_of(even, odd));
+    }
+  }
+
+  inline __attribute__((always_inline)) void finish() {
+#pragma GCC unroll 4
+    for (int v = 0; v < kChunkVectors; ++v) {
+      _mm512_storeu_ps(chunk_.sum + v * kVectorLanes, sum_[v]);
+    }
+  }
+
+ private:
+  inline __attribute__((always_inline)) __m512 probability(const float* scores, __m512 maximum) {
+    return exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores), scale_, maximum));
+  }
+
+  const PairProbabilities chunk_;
+  const __m512 scale_;
+  __m512 maximum_[kChunkVectors];
+  __m512 sum_[kChunkVectors];
+};
+
+// PairGradients, two keys at a time.
+class GradientRows {
+ public:
+  explicit GradientRows(const PairGradients& chunk)
+      : chunk_(chunk), scale_(_mm512_set1_ps(chunk.scale)) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kChunkVectors; ++v) {
+      lse_[v] = _mm512_loadu_ps(chunk.lse + v * kVectorLanes);
+      delta_[v] = _mm512_loadu_ps(chunk.delta + v * kVectorLanes);
+    }
+  }
+
+  // Rows `row` and `row` + 1.
+  inline __attribute__((always_inline)) void two_rows(int64_t row) {
+    const int64_t at = row / kPairRows * chunk_.row_step + row % kPairRows * kPairDepth;
+#pragma GCC unroll 2
+    for (int v = 0; v < kChunkVectors; v += 2) {
+      __m512 p[2][2], ds[2][2];
+#pragma GCC unroll 2
+      for (int r = 0; r < 2; ++r) {
+        gradient(row + r, v, p[r][0], ds[r][0]);
+        gradient(row + r, v + 1, p[r][1], ds[r][1]);
+        const int64_t to = at + v / 2 * kBlockA + r * kPairDepth;
+        store_rounded(p[r][0], p[r][1], chunk_.p + to);
+        store_rounded(ds[r][0], ds[r][1], chunk_.ds + to);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        _mm512_storeu_si512(chunk_.ds_pairs + (v + i) * chunk_.column_step + row / 2 * kVectorLanes,
+                            pair_of(ds[0][i], ds[1][i]));
+      }
+    }
+  }
+
+  void finish() {}
+
+ private:
+  inline __attribute__((always_inline)) void gradient(int64_t row, int v, __m512& p, __m512& ds) {
+    const int64_t at = v * kChunkColumn + row * kVectorLanes;
+    p = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(chunk_.scores + at), scale_, lse_[v]));
+    // dP of a masked key is undefined.
+    const __mmask16 some = _mm512_cmp_ps_mask(p, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(chunk_.dp + at), delta_[v]);
+    ds = _mm512_maskz_mul_ps(some, p, difference);
+  }
+
+  static inline __attribute__((always_inline)) void store_rounded(__m512 low, __m512 high,
+                                                                  uint16_t* to) {
+    _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+  }
+
+  const PairGradients chunk_;
+  const __m512 scale_;
+  __m512 lse_[kChunkVectors];
+  __m512 delta_[kChunkVectors];
+};
+
+template <class Rows>
+inline __attribute__((always_inline)) void all_rows(Rows& rows) {
+  for (int64_t row = 0; row < kChunkKeys; row += 2) rows.two_rows(row);
+  rows.finish();
+}
+
+}  // namespace
+}  // namespace fa::cpu
