@@ -1,5 +1,4 @@
 #include "core/validate_cache.h"
-#include "core/arithmetic.h"
 
 #include <algorithm>
 #include <array>
