@@ -52,6 +52,26 @@ struct Accumulator {
   }
 };
 
+// Of a 4x4 matrix whose column l lane l of four holds, gives it row l.
+__device__ inline void transpose_quad(Word (&words)[4], int lane) {
+#pragma unroll
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = (lane & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & distance) continue;
+      Word& low = words[i];
+      Word& high = words[i + distance];
+      const Word received = shuffle_xor(upper ? low : high, distance);
+      if (upper) {
+        low = received;
+      } else {
+        high = received;
+      }
+    }
+  }
+}
+
 // s = q k^T over kDepth. Rows of q from q_row on are this warp's.
 template <Element kElement, int kDepth, int kTilesM, int kTilesN, class QTile, class KTile>
 __device__ inline void multiply_q_k(Accumulator<kTilesM, kTilesN>& s, QTile q, int q_row, KTile k,

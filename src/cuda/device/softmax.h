@@ -41,8 +41,9 @@ struct OnlineSoftmax {
         highest = fmaxf(highest, shuffle_xor(highest, 1));
         highest = fmaxf(highest, shuffle_xor(highest, 2));
         // A row that has seen no key yet stays at 2^-infinity.
-        const float offset = highest == -kInfinity ? 0.0f : highest * scale_log2;
-        rescale[m][half] = exp2_approx(max[m][half] * scale_log2 - offset);
+        // Products that are rounded on their own: exactly 1 where no key was seen.
+        const float offset = highest == -kInfinity ? 0.0f : __fmul_rn(highest, scale_log2);
+        rescale[m][half] = exp2_approx(__fsub_rn(__fmul_rn(max[m][half], scale_log2), offset));
         max[m][half] = highest;
         float total = 0.0f;
 #pragma unroll
@@ -99,12 +100,14 @@ struct OnlineSoftmax {
 };
 
 // Zeroes the dropped probabilities. The four lanes that hold a row's 8 neighbouring keys need one
-// word each of one draw: each lane draws for one of four column tiles, and they exchange words.
+// word each of one draw: each lane draws for one of four column tiles, and they exchange words. Of
+// column tiles that are no multiple of four, some draw for none.
 template <int kTilesM, int kTilesN>
 __device__ inline void apply_dropout(Accumulator<kTilesM, kTilesN>& p, const DropoutArgs& args,
                                      Index batch_head, int first_row, int first_key, int lane) {
-  static_assert(kTilesN % 4 == 0);
-  const int quarter = lane % 4;
+  // A half is kept when it is below the threshold, which is 65536 where all are: in the upper half
+  // of a word, one less fits.
+  const Word last_kept = (args.threshold << 16) - 1;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -112,22 +115,15 @@ __device__ inline void apply_dropout(Accumulator<kTilesM, kTilesN>& p, const Dro
       const int row = first_row + m * 16 + lane / 4 + half * 8;
 #pragma unroll
       for (int n = 0; n < kTilesN; n += 4) {
-        const semantics::Draw draw = semantics::dropout_draw(
-            args.key, batch_head, row, first_key + (n + quarter) * semantics::kKeysPerDraw);
+        semantics::Draw draw = semantics::dropout_draw(
+            args.key, batch_head, row, first_key + (n + lane % 4) * semantics::kKeysPerDraw);
+        transpose_quad(draw.word, lane);
 #pragma unroll
-        for (int turn = 0; turn < 4; ++turn) {
-          // Lane `quarter` sends the word of lane quarter ^ turn, of its own tile.
-          const int wanted = quarter ^ turn;
-          const Word sent = wanted < 2 ? (wanted == 0 ? draw.word[0] : draw.word[1])
-                                       : (wanted == 2 ? draw.word[2] : draw.word[3]);
-          const Word word = shuffle_xor(sent, turn);  // of tile n + (quarter ^ turn)
-#pragma unroll
-          for (int tile = 0; tile < 4; ++tile) {
-            if (tile != wanted) continue;
-            float(&values)[4] = p.at[m][n + tile];
-            if ((word & 0xFFFFu) >= args.threshold) values[2 * half] = 0.0f;
-            if (word >> 16 >= args.threshold) values[2 * half + 1] = 0.0f;
-          }
+        for (int tile = 0; tile < 4 && n + tile < kTilesN; ++tile) {
+          float(&values)[4] = p.at[m][n + tile];
+          const Word word = draw.word[tile];
+          if (word << 16 > last_kept) values[2 * half] = 0.0f;
+          if (word > last_kept) values[2 * half + 1] = 0.0f;
         }
       }
     }

@@ -14,26 +14,6 @@ __device__ inline void finish_softmax(OnlineSoftmax<1>& softmax, const ForwardAr
                  [&](int, int) { return load_sink<kSpec.element>(args.score, head); });
 }
 
-// Of a 4x4 matrix whose column l lane l of four holds, gives it row l.
-__device__ inline void transpose_quad(Word (&words)[4], int lane) {
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = (lane & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & distance) continue;
-      Word& low = words[i];
-      Word& high = words[i + distance];
-      const Word received = shuffle_xor(upper ? low : high, distance);
-      if (upper) {
-        low = received;
-      } else {
-        high = received;
-      }
-    }
-  }
-}
-
 // A warp's 16 rows from registers to global memory: lanes exchange until each has 8 neighbouring
 // columns. Shared memory is not needed, so that the next tile's loads need not wait for it.
 template <KernelSpec kSpec, int kTilesO>
