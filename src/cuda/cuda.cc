@@ -21,8 +21,11 @@ Result<core::PlanPtr> accept_sm80(const core::AttentionProblem& problem, core::D
   if (!found.ok()) return found.status();
   FA_TRY(check_sm80(problem, found.value()->properties));
   FA_TRY(check_compiler());
-  if (wants_split_plan(problem)) return make_split_plan(problem, at.index, *found.value());
   const KernelId kernel = choose_sm80(problem, found.value()->properties);
+  if (wants_split_plan(problem)) {
+    return make_split_plan(problem, at.index, *found.value(),
+                           choose_split(problem, found.value()->properties), kernel);
+  }
   return make_forward_plan(problem, at.index, *found.value(), kernel, kernel);
 }
 
@@ -31,10 +34,15 @@ Result<core::PlanPtr> accept_sm90(const core::AttentionProblem& problem, core::D
   if (!found.ok()) return found.status();
   FA_TRY(check_sm90(problem, found.value()->properties));
   FA_TRY(check_compiler());
-  // Where each key is read once, the memory's pace is all that counts.
-  if (wants_split_plan(problem)) return make_split_plan(problem, at.index, *found.value());
-  return make_forward_plan(problem, at.index, *found.value(), choose_sm90(problem),
-                           choose_sm80(problem, found.value()->properties));
+  const KernelId kernel = choose_sm90(problem);
+  const KernelId otherwise = choose_sm80(problem, found.value()->properties);
+  if (!wants_split_plan(problem)) {
+    return make_forward_plan(problem, at.index, *found.value(), kernel, otherwise);
+  }
+  // Where few rows read each key, the memory's pace is all that counts.
+  SplitChoice choice = choose_split(problem, found.value()->properties);
+  if (!choice.kernel.spec.packs) choice.kernel = kernel;
+  return make_split_plan(problem, at.index, *found.value(), choice, otherwise);
 }
 
 }  // namespace

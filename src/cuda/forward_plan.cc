@@ -6,9 +6,8 @@
 
 #include "core/arithmetic.h"
 #include "cuda/device/kernel_args.h"
+#include "cuda/forward_launch.h"
 #include "cuda/heuristics.h"
-#include "cuda/kernels.h"
-#include "cuda/tensor_map.h"
 
 namespace fa::cuda {
 namespace {
@@ -74,6 +73,15 @@ std::array<int64_t, 4> bias_strides(const TensorView& bias) {
   return strides;
 }
 
+// Whether keys 2i and 2i + 1 may be read at once, whatever the row: side by side, both or none of
+// them in the same aligned pair.
+bool has_pairs(const TensorView& bias, const std::array<int64_t, 4>& strides) {
+  const int64_t bytes = core::byte_size(bias.dtype);
+  const bool rows_are_even = (strides[0] | strides[1] | strides[2]) % 2 == 0;
+  const auto address = reinterpret_cast<uintptr_t>(bias.data);
+  return strides[3] == 1 && rows_are_even && address % static_cast<uintptr_t>(2 * bytes) == 0;
+}
+
 void set_score(const AttentionArgs& args, const AttentionProblem& problem, Score kind,
                ScoreArgs& to) {
   // A scale of 0 would make NaN of a masked score, -infinity; this makes 0 of any other as well.
@@ -95,6 +103,7 @@ void set_score(const AttentionArgs& args, const AttentionProblem& problem, Score
     to.bias_head_stride = strides[1];
     to.bias_row_stride = strides[2];
     to.bias_key_stride = strides[3];
+    to.bias_has_pairs = has_pairs(args.attn_bias, strides) ? 1 : 0;
   }
   to.sink_element = element_of(args.learnable_sink, problem.dtype);
   if (args.learnable_sink.present()) to.sink = args.learnable_sink.data;
@@ -121,93 +130,30 @@ void set_dropout(const AttentionArgs& args, const AttentionProblem& problem, Dro
   to.keep_scale = static_cast<float>(1.0 / (1.0 - args.dropout_p));
 }
 
-// The tensors as Hopper's kernel takes them; field for field what it calls CopyMaps.
-struct TensorMaps {
-  TensorMap q, k, v;
-};
-
-constexpr int kRowsPerWarpgroup = 64;
-
-Status make_tensor_maps(const Driver& driver, const AttentionArgs& args, const KernelSpec& spec,
-                        TensorMaps& maps) {
-  FA_TRY(make_tensor_map(driver, args.q, kRowsPerWarpgroup, maps.q));
-  FA_TRY(make_tensor_map(driver, args.k, spec.tile_n, maps.k));
-  return make_tensor_map(driver, args.v, spec.tile_n, maps.v);
-}
-
 class ForwardPlan final : public core::Plan {
  public:
   ForwardPlan(const AttentionProblem& problem, int device_index, const Device& device,
               const KernelId& kernel, const KernelId& otherwise)
       : problem_(problem),
         device_index_(device_index),
-        device_(device),
-        uses_maps_(kernel.family == Family::kForward90),
-        kernel_(kernel),
-        otherwise_(otherwise) {}
+        launch_(problem, device_index, device, kernel, otherwise) {}
 
-  // The counter of ScheduleArgs.
-  int64_t workspace_bytes(int) const override { return counts_tiles() ? sizeof(unsigned) : 0; }
+  int64_t workspace_bytes(int) const override { return launch_.workspace_bytes(); }
   bool workspace_is_optional() const override { return true; }
 
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
     if (problem_.total_q == 0) return {};
-    const bool maps =
-        uses_maps_ && has_tensor_map(args.q) && has_tensor_map(args.k) && has_tensor_map(args.v);
-    const LazyKernel& lazy = uses_maps_ && !maps ? otherwise_ : kernel_;
-    const Result<const LoadedKernel*> kernel = lazy.get(device_index_);
+    const Result<const LoadedKernel*> kernel = launch_.kernel_for(args);
     if (!kernel.ok()) return kernel.status();
-    const KernelSpec& spec = kernel.value()->id.spec;
-    ForwardArgs launch_args = forward_args(problem_, args, spec);
-    TensorMaps tensor_maps;
-    if (maps) FA_TRY(make_tensor_maps(*device_.driver, args, spec, tensor_maps));
-    void* arguments[] = {&launch_args, &tensor_maps};
-    if (takes_pairs(problem_, kernel.value()->id)) {
-      launch_args.schedule.paired = 1;
-      launch_args.schedule.num_tiles_m = (launch_args.schedule.num_tiles_m + 1) / 2;
-      launch_args.schedule.heads_per_group = 1;
-    }
-    if (maps && workspace != nullptr) FA_TRY(set_counter(workspace, stream, launch_args.schedule));
-    const int64_t blocks = blocks_of(launch_args.schedule, spec);
-    launch_args.schedule.num_blocks = static_cast<int>(std::min(blocks, kMaxBlocks));
-    launch_args.splits.num_tiles = launch_args.schedule.num_blocks;
-    const bool one_each =
-        blocks > kMaxBlocks || (spec.varlen && launch_args.schedule.counter == nullptr);
-    FA_TRY(kernel.value()->launch(
-        one_each ? blocks : num_launched(problem_, kernel.value()->id, blocks, device_.properties),
-        arguments, stream.handle));
+    ForwardArgs launch_args = forward_args(problem_, args, kernel.value()->id.spec);
+    FA_TRY(launch_.run(*kernel.value(), args.q, args, launch_args, workspace, stream));
     return problem_.wants_s_dmask ? run_s_dmask(args, launch_args, stream) : Status{};
   }
 
-  std::string describe() const override {
-    const Result<const LoadedKernel*> kernel = kernel_.get(device_index_);
-    if (!kernel.ok()) return kernel.status().message();
-    return describe_kernel(*kernel.value());
-  }
+  std::string describe() const override { return launch_.describe(); }
 
  private:
-  bool counts_tiles() const { return uses_maps_ && problem_.layout == core::Layout::kVarlen; }
-
-  Status set_counter(void* workspace, const core::Stream& stream, ScheduleArgs& to) const {
-    if (!counts_tiles()) return {};
-    to.counter = static_cast<unsigned*>(workspace);
-    const CurrentContext current(device_);
-    FA_TRY(current.status());
-    return device_.driver->check(
-        device_.driver->set_words(reinterpret_cast<uint64_t>(workspace), 0, 1,
-                                  static_cast<StreamHandle>(stream.handle)),
-        "cuMemsetD32Async");
-  }
-
-  // Hopper's varlen kernel: as many tiles as there may be of sequences that share total_q rows.
-  int64_t blocks_of(const ScheduleArgs& schedule, const KernelSpec& spec) const {
-    if (!spec.varlen) return num_blocks(problem_, schedule);
-    const int64_t tiles = std::min(problem_.batch * schedule.num_tiles_m,
-                                   problem_.total_q / spec.tile_m + problem_.batch);
-    return problem_.num_heads * tiles;
-  }
-
   Status run_s_dmask(const AttentionArgs& args, ForwardArgs& launch_args,
                      const core::Stream& stream) const {
     const KernelId id = choose_s_dmask(problem_);
@@ -229,10 +175,7 @@ class ForwardPlan final : public core::Plan {
 
   const AttentionProblem problem_;
   const int device_index_;
-  const Device& device_;
-  const bool uses_maps_;
-  const LazyKernel kernel_;
-  const LazyKernel otherwise_;
+  const ForwardLaunch launch_;
 };
 
 }  // namespace

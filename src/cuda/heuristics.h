@@ -23,6 +23,9 @@ KernelId choose_sm80(const core::AttentionProblem& problem, const DeviceProperti
 // The kernel for a problem that check_sm90() takes.
 KernelId choose_sm90(const core::AttentionProblem& problem);
 
+// Rows of k and v that Hopper's copy engine moves at once: of one page, and of one step.
+int64_t box_rows(const core::AttentionProblem& problem, const KernelSpec& spec);
+
 // The kernel that writes S_dmask.
 KernelId choose_s_dmask(const core::AttentionProblem& problem);
 

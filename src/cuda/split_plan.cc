@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "core/arithmetic.h"
+#include "cuda/forward_launch.h"
 #include "cuda/forward_plan.h"
-#include "cuda/heuristics.h"
 #include "cuda/kernels.h"
 
 namespace fa::cuda {
@@ -18,11 +18,11 @@ using core::TensorView;
 
 // What a call keeps on the device until it is done, in bytes from the start of its workspace.
 struct Workspace {
-  int64_t rotated_q = 0, o = 0, lse = 0, total = 0;
+  int64_t rotated_q = 0, launch = 0, o = 0, lse = 0, total = 0;
   int64_t num_rows = 0;      // of one split
   int64_t row_elements = 0;  // of a row of o
 
-  Workspace(const AttentionProblem& problem, int num_splits) {
+  Workspace(const AttentionProblem& problem, int num_splits, int64_t launch_bytes) {
     num_rows = problem.batch * problem.num_heads * problem.seqlen_q;
     row_elements = core::round_up(problem.head_dim_v, 8);
     const auto take = [this](int64_t bytes) {
@@ -34,6 +34,7 @@ struct Workspace {
     if (problem.rotary_dim > 0) {
       rotated_q = take(num_rows * problem.head_dim * core::byte_size(problem.dtype));
     }
+    launch = take(launch_bytes);
     if (num_splits == 1) return;
     constexpr int64_t kFloatBytes = sizeof(float);
     o = take(num_splits * num_rows * row_elements * kFloatBytes);
@@ -43,11 +44,13 @@ struct Workspace {
 
 class SplitPlan final : public core::Plan {
  public:
-  SplitPlan(const AttentionProblem& problem, int device_index, const SplitChoice& choice)
+  SplitPlan(const AttentionProblem& problem, int device_index, const Device& device,
+            const SplitChoice& choice, const KernelId& otherwise)
       : problem_(problem),
         device_index_(device_index),
         choice_(choice),
-        workspace_(problem, choice.num_splits),
+        launch_(problem, device_index, device, choice.kernel, otherwise),
+        workspace_(problem, choice.num_splits, launch_.workspace_bytes()),
         update_(choose_around(Family::kUpdateCache, problem)),
         forward_(choice.kernel),
         combine_(choose_around(Family::kCombineSplits, problem)) {}
@@ -60,10 +63,9 @@ class SplitPlan final : public core::Plan {
 
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
+    if (choice_.kernel.family == Family::kForward90) return run_whole(args, workspace, stream);
     ForwardArgs launch_args = forward_args(problem_, args, choice_.kernel.spec);
-    if (problem_.layout == core::Layout::kCache) set_cache(args, launch_args);
-    if (problem_.rotary_dim > 0) set_rotated_q(workspace, launch_args);
-    FA_TRY(update(args, launch_args, stream));
+    FA_TRY(prepare(args, query(args, workspace), launch_args, stream));
     if (problem_.total_q == 0) return {};
     const int64_t tiles = num_blocks(problem_, launch_args.schedule);
     launch_args.schedule.num_blocks = launch_args.splits.num_tiles =
@@ -94,6 +96,27 @@ class SplitPlan final : public core::Plan {
     return kernel.value()->launch(blocks, arguments, stream.handle);
   }
 
+  // By a kernel that takes whole tiles and all of their keys.
+  Status run_whole(const AttentionArgs& args, void* workspace, const core::Stream& stream) const {
+    const Result<const LoadedKernel*> kernel = launch_.kernel_for(args);
+    if (!kernel.ok()) return kernel.status();
+    const TensorView q = query(args, workspace);
+    ForwardArgs launch_args = forward_args(problem_, args, kernel.value()->id.spec);
+    FA_TRY(prepare(args, q, launch_args, stream));
+    if (problem_.total_q == 0) return {};
+    void* counter =
+        workspace == nullptr ? nullptr : static_cast<char*>(workspace) + workspace_.launch;
+    return launch_.run(*kernel.value(), q, args, launch_args, counter, stream);
+  }
+
+  // What precedes attention to `q`.
+  Status prepare(const AttentionArgs& args, const TensorView& q, ForwardArgs& launch_args,
+                 const core::Stream& stream) const {
+    launch_args.q = tensor_args(q);
+    if (problem_.layout == core::Layout::kCache) set_cache(args, launch_args);
+    return update(args, launch_args, stream);
+  }
+
   // A cache without room is one without keys, whatever its lengths say.
   void set_cache(const AttentionArgs& args, ForwardArgs& to) const {
     const auto data = [](const TensorView& vector) {
@@ -106,10 +129,14 @@ class SplitPlan final : public core::Plan {
     to.pages.max_pages = 0;
   }
 
-  void set_rotated_q(void* workspace, ForwardArgs& to) const {
+  // The queries, where they are rotated.
+  TensorView query(const AttentionArgs& args, void* workspace) const {
+    TensorView q = args.q;
+    if (problem_.rotary_dim == 0) return q;
     const int64_t row = problem_.num_heads * problem_.head_dim;
-    to.q = {static_cast<char*>(workspace) + workspace_.rotated_q, problem_.seqlen_q * row, row,
-            problem_.head_dim};
+    q.data = static_cast<char*>(workspace) + workspace_.rotated_q;
+    q.strides = {problem_.seqlen_q * row, row, problem_.head_dim, 1};
+    return q;
   }
 
   void set_splits(void* workspace, ForwardArgs& to) const {
@@ -153,6 +180,7 @@ class SplitPlan final : public core::Plan {
   const AttentionProblem problem_;
   const int device_index_;
   const SplitChoice choice_;
+  const ForwardLaunch launch_;
   const Workspace workspace_;
   const LazyKernel update_;
   const LazyKernel forward_;
@@ -162,9 +190,9 @@ class SplitPlan final : public core::Plan {
 }  // namespace
 
 core::PlanPtr make_split_plan(const AttentionProblem& problem, int device_index,
-                              const Device& device) {
-  return std::make_shared<SplitPlan>(problem, device_index,
-                                     choose_split(problem, device.properties));
+                              const Device& device, const SplitChoice& choice,
+                              const KernelId& otherwise) {
+  return std::make_shared<SplitPlan>(problem, device_index, device, choice, otherwise);
 }
 
 }  // namespace fa::cuda

@@ -56,7 +56,7 @@ AttentionProblem random_problem(Draw& draw) {
   problem.dtype = draw.of({DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16});
   problem.layout = draw.of({Layout::kDense, Layout::kVarlen, Layout::kCache});
   const bool may_page = problem.layout != Layout::kDense;
-  problem.page_size = may_page ? draw.of<int64_t>({0, 0, 1, 16, 256}) : 0;
+  problem.page_size = may_page ? draw.of<int64_t>({0, 0, 1, 16, 24, 256}) : 0;
   problem.batch = draw.of<int64_t>({1, 2, 64});
   problem.seqlen_q = draw.of<int64_t>({1, 4, 300, 5000});
   problem.total_q = problem.batch * problem.seqlen_q;
@@ -110,6 +110,59 @@ TEST(CudaHeuristics, reachable_kernels_fit_into_shared_memory) {
       const int static_bytes = kernel.family == Family::kForward90 ? 2048 : 512;
       EXPECT_LE(dynamic_shared_bytes(kernel) + static_bytes, properties.max_shared_bytes)
           << capability << ": " << to_string(kernel);
+    }
+  }
+}
+
+TEST(CudaHeuristics, hoppers_kernel_takes_all_but_what_the_copy_engine_cannot) {
+  Draw draw(1);
+  int taken = 0;
+  for (int i = 0; i < 1000; ++i) {
+    const AttentionProblem problem = random_problem(draw);
+    const core::Status status = check_sm90(problem, hopper());
+    const bool odd = problem.page_size % 8 != 0;
+    ASSERT_EQ(status.ok(), problem.dtype != DataType::kFloat32 && problem.vector_rows && !odd)
+        << to_string(problem) << status.message();
+    taken += status.ok() ? 1 : 0;
+    if (odd && problem.dtype != DataType::kFloat32) {
+      EXPECT_NE(status.message().find("block_table: page_block_size is 1"), std::string::npos);
+    }
+  }
+  EXPECT_GT(taken, 100);
+}
+
+TEST(CudaHeuristics, a_step_of_hoppers_kernel_is_whole_boxes_of_whole_pages) {
+  AttentionProblem problem = decoding(2, 4096, 32, 8);
+  for (const int64_t head_dim : {64, 128, 192, 256}) {
+    problem.head_dim = problem.head_dim_v = head_dim;
+    const KernelSpec spec = choose_sm90(problem).spec;
+    for (const int64_t page_size : {0, 8, 16, 24, 48, 64, 128, 256, 4096}) {
+      problem.page_size = page_size;
+      const int64_t rows = box_rows(problem, spec);
+      EXPECT_EQ(rows % 8, 0);
+      EXPECT_EQ(page_size % rows, 0);
+      EXPECT_EQ(spec.tile_n % rows, 0);
+      EXPECT_LE(rows, 256);  // what the copy engine takes
+    }
+  }
+}
+
+TEST(CudaHeuristics, layouts_share_a_kernels_order_of_keys) {
+  for (const int64_t head_dim : {64, 128, 192, 256}) {
+    for (const bool general : {false, true}) {
+      AttentionProblem problem = decoding(2, 4096, 32, 8);
+      problem.dtype = DataType::kFloat16;
+      problem.head_dim = problem.head_dim_v = head_dim;
+      problem.alibi = general;
+      const int tile_n = choose_sm90(problem).spec.tile_n;
+      for (const Layout layout : {Layout::kDense, Layout::kVarlen, Layout::kCache}) {
+        problem.layout = layout;
+        EXPECT_EQ(choose_sm90(problem).spec.tile_n, tile_n);
+        EXPECT_EQ(choose_sm90(problem).spec.varlen, general || layout != Layout::kDense);
+      }
+      problem.page_size = 16;
+      EXPECT_EQ(choose_sm90(problem).spec.tile_n, tile_n);
+      EXPECT_EQ(choose_sm90(problem).spec.loader, Loader::kPagedVector);
     }
   }
 }

@@ -100,6 +100,19 @@ struct CacheCall : Call {
   }
 };
 
+// A prompt of 2048 queries behind 10 and 64 cached tokens, in pages of `page_size` where it is not
+// 0.
+struct PromptCall : CacheCall {
+  std::vector<int32_t> pages = std::vector<int32_t>(16);
+  Tensor block_table{on_device(pages), {2, 8}, FA_INT, 32};
+  explicit PromptCall(int64_t page_size = 0) {
+    q.shape[1] = out.shape[1] = 2048;
+    if (page_size == 0) return;
+    for (Tensor* tensor : {&k, &v}) *tensor = Tensor(tensor->c.data, {8, page_size, 4, 64});
+    args.block_table = block_table.get();
+  }
+};
+
 std::string message() { return fa_last_error_message(); }
 
 bool contains(const std::string& text, const std::string& part) {
@@ -344,6 +357,50 @@ TEST_F(CudaHost, a_step_of_decoding_is_known) {
     EXPECT_FALSE(call.run_known());
     EXPECT_EQ(call.run(), FA_INVALID_ARGUMENT);
     EXPECT_TRUE(contains(message(), "cache_seqlens: entry 1 is 65")) << message();
+  });
+}
+
+TEST_F(CudaHost, a_prompt_over_a_cache_takes_hoppers_kernel) {
+  on_a_gpu([] {
+    PromptCall call;
+    ASSERT_EQ(call.run(), FA_OK) << message();
+    EXPECT_EQ(record().q_map, call.q.c.data);
+    EXPECT_EQ(record().box_rows, 64u);
+    CacheCall step;
+    ASSERT_EQ(step.run(), FA_OK) << message();
+    EXPECT_EQ(record().q_map, nullptr);
+  });
+}
+
+TEST_F(CudaHost, boxes_of_the_copy_engine_lie_within_pages) {
+  on_a_gpu([] {
+    for (const auto& [page_size, box_rows] :
+         std::vector<std::pair<int64_t, unsigned>>{{8, 8}, {16, 16}, {48, 16}, {256, 64}}) {
+      PromptCall call(page_size);
+      ASSERT_EQ(call.run(), FA_OK) << message();
+      EXPECT_EQ(record().q_map, call.q.c.data) << page_size;
+      EXPECT_EQ(record().box_rows, box_rows) << page_size;
+    }
+    PromptCall odd(17);
+    ASSERT_EQ(odd.run(), FA_OK) << message();
+    EXPECT_EQ(record().q_map, nullptr);
+    odd.args.backend = "cuda:sm90";
+    EXPECT_EQ(odd.run(), FA_UNSUPPORTED);
+    EXPECT_TRUE(contains(message(), "page_block_size is 17, must be a multiple of 8")) << message();
+  });
+}
+
+// Keys then begin anywhere within a page.
+TEST_F(CudaHost, padding_in_pages_takes_the_other_kernel) {
+  on_a_gpu([] {
+    std::vector<int32_t> padding{3, 0};
+    Tensor leftpad(on_device(padding), {2}, FA_INT, 32);
+    for (const int64_t page_size : {int64_t{0}, int64_t{16}}) {
+      PromptCall call(page_size);
+      call.args.cache_leftpad = leftpad.get();
+      ASSERT_EQ(call.run(), FA_OK) << message();
+      EXPECT_EQ(record().q_map, page_size == 0 ? call.q.c.data : nullptr);
+    }
   });
 }
 

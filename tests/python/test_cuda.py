@@ -192,7 +192,9 @@ def test_empty_problems(name):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("options", ["plain", "causal", "window_left_causal", "softcap", "sink"])
+@pytest.mark.parametrize(
+    "options", ["plain", "causal", "window_left_causal", "softcap", "sink", "alibi"]
+)
 def test_varlen_equals_dense_bitwise(name, options, head_dim, dtype):
     options = OPTIONS[options]
     lengths_q, lengths_k = [65, 1, 0, 230], [97, 200, 5, 230]
@@ -234,6 +236,62 @@ def test_varlen_options(name, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_varlen_dropout(name, page_size, dtype):
+    q, k, v = varlen_tensors([30, 0, 170], [64, 5, 199], dtype=dtype)
+    cu_k = offsets([64, 5, 199])
+    options: dict[str, Any] = {
+        "cu_seqlens_q": offsets([30, 0, 170]),
+        "cu_seqlens_k": cu_k,
+        "max_seqlen_q": 180,
+        "max_seqlen_k": 200,
+        "dropout_p": 0.3,
+        "causal": True,
+    }
+    torch.manual_seed(7)
+    exact = dlpack.oracle(q, k, v, dropout_seed=draw_seed(), **options)
+    if page_size > 0:
+        k, v, options["block_table"] = paged(k, v, cu_k, page_size)
+    torch.manual_seed(7)
+    out, lse = run(flash_attn_varlen_func, (q, k, v), options)
+    assert_close(out, lse, exact, out_bound(q, 200, {}))
+
+
+def bias_of_layout(layout: str, kind: torch.dtype) -> torch.Tensor:
+    """A bias of 2 x 4 x 150 x 320 as it may lie in memory."""
+    shape = {
+        "whole": (2, 4, 150, 320),
+        "of_heads": (4, 1, 320),
+        "of_rows": (2, 1, 150, 1),
+        "of_keys": (320,),
+        "rows_outermost": (150, 2, 4, 320),
+        "gaps": (2, 4, 150, 328),
+        "odd_gaps": (2, 4, 150, 321),
+        "odd_start": (2, 4, 150, 322),
+    }[layout]
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    bias = bias > -0.5 if kind == torch.bool else bias.to(kind)
+    bias = bias.cuda()
+    if layout == "rows_outermost":
+        return bias.permute(1, 2, 0, 3)
+    first = 1 if layout == "odd_start" else 0
+    return bias[..., first : first + 320]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.bool], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    ["whole", "of_heads", "of_rows", "of_keys", "rows_outermost", "gaps", "odd_gaps", "odd_start"],
+)
+def test_a_bias_may_lie_anyhow(name, layout, kind):
+    q, k, v = tensors(seqlen_q=150, seqlen_k=320, head_dim=128, dtype=torch.bfloat16)
+    bias = bias_of_layout(layout, kind)
+    out, lse = run(flash_attn_func, (q, k, v), {"attn_bias": bias})
+    exact = dlpack.oracle(q, k, v, attn_bias=bias.cpu())
+    assert_close(out, lse, exact, out_bound(q, 320, {}))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_behind_the_last_sequence_are_empty(name, dtype):
     q, k, v = varlen_tensors([400], [60], dtype=dtype)
@@ -267,12 +325,21 @@ def paged(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("page_size", [1, 16, 17, 256])
+@pytest.mark.parametrize("page_size", [1, 8, 16, 17, 24, 256])
 @pytest.mark.parametrize("options", ["causal", "softcap", "sink", "alibi"])
 def test_pages_equal_one_piece_bitwise(name, options, page_size, dtype):
-    options = OPTIONS[options]
+    check_pages(64, page_size, dtype, OPTIONS[options])
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64, 128])
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
+def test_pages_of_any_head_dim_equal_one_piece_bitwise(name, head_dim, page_size):
+    check_pages(head_dim, page_size, torch.bfloat16, OPTIONS["causal"])
+
+
+def check_pages(head_dim: int, page_size: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
     lengths_q, lengths_k = [20, 5, 140], [45, 133, 290]
-    q, k, v = varlen_tensors(lengths_q, lengths_k, dtype=dtype)
+    q, k, v = varlen_tensors(lengths_q, lengths_k, dtype=dtype, head_dim=head_dim)
     cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
     pages_k, pages_v, table = paged(k, v, cu_k, page_size)
     lengths = {
@@ -301,6 +368,26 @@ def test_masked_keys_do_not_leak(name, options, dtype):
     assert same_bits(out[:, :100], poisoned[:, :100])
     assert same_bits(lse[:, :, :100], poisoned_lse[:, :, :100])
     del expected
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bool], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_keys_under_minus_infinity_do_not_leak(name, head_dim, kind):
+    q, k, v = tensors(1, 200, 260, head_dim=head_dim, dtype=torch.bfloat16)
+    hidden = torch.rand(200, 260, generator=torch.Generator().manual_seed(2)) < 0.3
+    hidden[:, 130:] = hidden[7] = True
+    bias = (
+        torch.zeros(200, 260).masked_fill(hidden, -math.inf) if kind.is_floating_point else ~hidden
+    )
+    out, lse = run(flash_attn_func, (q, k, v), {"attn_bias": bias})
+    poisoned_k, poisoned_v = k.clone(), v.clone()
+    poisoned_k[:, 130:] = 6e4
+    poisoned_v[:, 130:] = -6e4
+    poisoned, poisoned_lse = run(flash_attn_func, (q, poisoned_k, poisoned_v), {"attn_bias": bias})
+    assert same_bits(out, poisoned) and same_bits(lse, poisoned_lse)
+    assert not out[:, 7].any() and (lse[:, :, 7] == math.inf).all()
+    exact = dlpack.oracle(q, k, v, attn_bias=bias)
+    assert_close(out, lse, exact, out_bound(q, 260, {}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -336,7 +423,7 @@ def test_strides_meet_the_oracle(name, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 100, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 100, 128, 192, 256])
 @pytest.mark.parametrize("dropout_p", [0.17, 0.5, 1e-30])
 def test_dropout_is_the_cpus_bit_for_bit(name, dropout_p, head_dim, dtype):
     q, k, v = tensors(2, 150, 200, head_dim=head_dim, dtype=dtype)
@@ -404,17 +491,11 @@ def test_a_graph_replays_a_call(name):
     assert same_bits(out, expected)
 
 
-@pytest.fixture
-def serves_caches(name: str) -> None:
-    if name == "cuda:sm90":
-        pytest.skip("refused: a KV cache is cuda:sm80's")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_graph_replays_decoding(serves_caches, dtype):
+def test_a_graph_replays_decoding(name, dtype):
     """Ten tokens through one graph equal the whole sequence; lengths advance on the device."""
     q, k, v = (x.cuda() for x in tensors(2, 600, 600, dtype=dtype))
-    expected = flash_attn_func(q, k, v, causal=True)
+    expected = serve(flash_attn_func, (q, k, v), {"causal": True})
     k_cache, v_cache = torch.full((2, 2, 700, 2, 64), math.nan, dtype=dtype, device="cuda")
     k_cache[:, :590], v_cache[:, :590] = k[:, :590], v[:, :590]
     lengths = torch.full((2,), 590, dtype=torch.int32, device="cuda")
@@ -422,11 +503,10 @@ def test_a_graph_replays_decoding(serves_caches, dtype):
     ones = torch.ones(600, 16, device="cuda")  # a rotation by 0, for which there is a workspace
     options: dict[str, Any] = dict(rotary_cos=ones, rotary_sin=ones * 0, causal=True, num_splits=3)
     graph = torch.cuda.CUDAGraph()
-    flash_attn_with_kvcache(*step(static, k_cache, v_cache), cache_seqlens=lengths, **options)
+    options["cache_seqlens"] = lengths
+    flash_attn_with_kvcache(*step(static, k_cache, v_cache), **options)
     with torch.cuda.graph(graph):
-        out = flash_attn_with_kvcache(
-            *step(static, k_cache, v_cache), cache_seqlens=lengths, **options
-        )
+        out = flash_attn_with_kvcache(*step(static, k_cache, v_cache), **options)
         lengths += 1
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     for t in range(590, 600):
@@ -443,8 +523,74 @@ def step(new: list[torch.Tensor], k_cache: torch.Tensor, v_cache: torch.Tensor) 
     return q, k_cache, v_cache, k, v
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("page_size", [0, 8, 17, 64])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("options", ["causal", "window", "softcap", "alibi"])
+@pytest.mark.parametrize("rotates", [False, True])
+def test_prompts_over_caches_equal_dense_bitwise(
+    name, rotates, options, head_dim, page_size, dtype
+):
+    """Chunks of 300 tokens behind cached ones, in caches whose unused part is NaN."""
+    options = dict(OPTIONS[options])
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = torch.rand(8, generator=torch.Generator().manual_seed(3))
+    cached, new = [0, 100, 333], 300
+    q, k, v = tensors(3, new, 633, 8, 2, head_dim, dtype=dtype)
+    layout: dict[str, Any] = {"cache_seqlens": torch.tensor(cached, dtype=torch.int32)}
+    padding = [0, 0, 0]
+    if page_size > 0:
+        ends = offsets([633] * 3)
+        k_cache, v_cache, table = paged(k.flatten(0, 1), v.flatten(0, 1), ends, page_size)
+        for b, count in enumerate(cached):  # the rest is to be appended
+            for j in range(count, 633):
+                page = table[b, j // page_size], j % page_size
+                k_cache[page] = v_cache[page] = math.nan
+        layout["block_table"] = table
+    else:
+        rows, padding = [4, 0, 2], [0, 5, 17]
+        k_cache, v_cache = torch.full((2, 5, 700, 2, head_dim), math.nan, dtype=dtype)
+        for b, (row, gap, count) in enumerate(zip(rows, padding, cached)):
+            k_cache[row, gap : gap + count] = k[b, :count]
+            v_cache[row, gap : gap + count] = v[b, :count]
+        layout["cache_batch_idx"] = torch.tensor(rows, dtype=torch.int32)
+        layout["cache_leftpad"] = torch.tensor(padding, dtype=torch.int32)
+        layout["cache_seqlens"] += layout["cache_leftpad"]
+    if rotates:  # by 0
+        ones = torch.ones(700, 16)
+        layout |= {"rotary_cos": ones, "rotary_sin": ones * 0}
+    k_new, v_new = (torch.stack([x[b, n : n + new] for b, n in enumerate(cached)]) for x in (k, v))
+    inputs = (q, k_cache, v_cache, k_new, v_new)
+    out = serve(flash_attn_with_kvcache, inputs, {**layout, **options}).cpu()
+    for b, n in enumerate(cached):
+        keys = k[b : b + 1, : n + new], v[b : b + 1, : n + new]
+        expected, _ = run(flash_attn_func, (q[b : b + 1], *keys), options)
+        assert same_bits(out[b : b + 1], expected), b
+
+
+def test_prompts_behind_padding_in_pages(name):
+    """Where no box of the copy engine's lies within a page."""
+    q, k, v = tensors(2, 300, 400, 16, 2, dtype=torch.bfloat16)
+    padding = torch.tensor([3, 70], dtype=torch.int32)
+    wide = [torch.cat([torch.zeros(2, 80, 2, 64).to(x.dtype), x], 1) for x in (k, v)]
+    for b in range(2):
+        for w, x in zip(wide, (k, v)):
+            w[b] = math.nan
+            w[b, padding[b] : padding[b] + 400] = x[b]
+    k_cache, v_cache, table = paged(*(w.flatten(0, 1) for w in wide), offsets([480, 480]), 16)
+    layout = {
+        "block_table": table,
+        "cache_leftpad": padding,
+        "cache_seqlens": padding + 400,
+        "causal": True,
+    }
+    out = serve(flash_attn_with_kvcache, (q, k_cache, v_cache), layout).cpu()
+    lse = run(flash_attn_func, (q, k, v), {"causal": True})[1]
+    assert_close(out, lse, dlpack.oracle(q, k, v, causal=True), out_bound(q, 400, {}))
+
+
 @pytest.mark.parametrize("page_size", [0, 16])
-def test_wrong_lengths_rows_and_pages_write_nothing(serves_caches, page_size, monkeypatch):
+def test_wrong_lengths_rows_and_pages_write_nothing(name, page_size, monkeypatch):
     """Without FLASH_ATTENTION_CHECK nobody knows of them before the kernels do."""
     monkeypatch.delenv("FLASH_ATTENTION_CHECK", raising=False)
     memory = torch.zeros(2, 12, 16, 2, 64, dtype=torch.bfloat16, device="cuda")
@@ -498,6 +644,23 @@ def test_explain_names_the_kernel(name):
     assert chosen(q, k, v) == name
     text = flash_attn.explain(q, k, v)
     assert "registers" in text and "shared memory" in text
+
+
+@pytest.mark.parametrize("options", ["alibi", "bias", "everything", "dropout", "pages"])
+def test_hoppers_kernel_serves_every_option(options):
+    if "cuda:sm90" not in NAMES:
+        pytest.skip("the GPU is no Hopper")
+    q, k, v = (x.cuda() for x in tensors(2, 150, 197, dtype=torch.bfloat16))
+    if options == "pages":
+        cu_q, cu_k = offsets([150, 150]), offsets([197, 197])
+        k, v, table = paged(k.cpu().flatten(0, 1), v.cpu().flatten(0, 1), cu_k, 16)
+        given: dict[str, Any] = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "block_table": table}
+        q, given["max_seqlen_q"], given["max_seqlen_k"] = q.flatten(0, 1), 150, 197
+    else:
+        given = {"dropout_p": 0.2} if options == "dropout" else OPTIONS[options]
+    given = {key: to_cuda(x) for key, x in given.items()}
+    text = flash_attn.explain(q, k.cuda(), v.cuda(), **given)
+    assert "forward_sm90" in text.splitlines()[0], text
 
 
 def test_what_no_kernel_takes_is_refused(name):

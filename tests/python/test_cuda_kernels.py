@@ -20,7 +20,7 @@ import flash_attn
 
 COMPUTE_CAPABILITIES = [75, 80, 90, 100, 120]
 # Kernels that a device can be asked for, by its compute capability.
-REACHABLE = {75: 110, 80: 211, 90: 251, 100: 211, 120: 211}
+REACHABLE = {75: 110, 80: 211, 90: 281, 100: 211, 120: 211}
 # Bytes: the two sums per 16 rows that a warp keeps between steps; more is a spill that costs.
 ALLOWED_SPILL = 96
 # What Hopper's producer, which has 24 registers, knows of varlen sequences: once a tile.
@@ -39,7 +39,9 @@ pytestmark = pytest.mark.skipif(nvrtc() is None, reason="nvidia-cuda-nvrtc is no
 
 
 def is_hot(kernel: str) -> bool:
-    """Without options that cost more than a spill would."""
+    """Without options that cost more than a spill would, but on Hopper."""
+    if "forward_sm90" in kernel:
+        return True
     if "packed" in kernel:  # of decoding, where pages are usual
         return "general" not in kernel
     return not re.search("forward_fp32|general|paged|s_dmask|update_cache|combine_splits", kernel)

@@ -116,9 +116,10 @@ FA_STUB int cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, un
 }
 // A map is the address alone.
 FA_STUB int cuTensorMapEncodeTiled(void* map, int, uint32_t, void* address, const uint64_t*,
-                                   const uint64_t*, const uint32_t*, const uint32_t*, int, int, int,
-                                   int) {
+                                   const uint64_t*, const uint32_t* box, const uint32_t*, int, int,
+                                   int, int) {
   ++fa_stub_record()->maps;
+  fa_stub_record()->box_rows = box[1];
   std::memset(map, 0, 128);
   std::memcpy(map, &address, sizeof(address));
   return result_of("cuTensorMapEncodeTiled");

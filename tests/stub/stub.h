@@ -43,8 +43,9 @@ struct Record {
   unsigned threads;
   unsigned shared_bytes;
   void* stream;
-  void* q;      // of the kernel's first argument
-  void* q_map;  // address in the first map of its second argument
+  void* q;            // of the kernel's first argument
+  void* q_map;        // address in the first map of its second argument
+  unsigned box_rows;  // of the last tensor map that was encoded
 };
 
 }  // namespace fa::stub

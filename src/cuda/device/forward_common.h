@@ -65,7 +65,8 @@ __device__ inline void scores_to_probabilities(Accumulator<kTilesM, kTilesN>& s,
     const auto score_of = [&](int row) {
       return GeneralScore<kSpec.element>(args, block.sequence, rows.head_of(row));
     };
-    apply_general_score(s, score_of, block.sequence, rows, first_row, first_key, lane);
+    apply_general_score<kSpec.element>(s, score_of, args.score, block.sequence, rows, first_row,
+                                       first_key, lane);
   } else if constexpr (kSpec.score == Score::kSoftcap) {
     apply_softcap(s, args.score.scale);
   }

@@ -59,7 +59,7 @@ class Consumer90 {
       q_.advance();
     }
     if (kTakesTurns && consumer_ == 0) named_sync(turn(0), 2 * F::kGroupThreads);
-    if constexpr (kSpec.varlen) clear_past_the_end();
+    if (kSpec.varlen && args_.sequences.cu_seqlens_q != nullptr) clear_past_the_end();
   }
 
  private:
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(Forward90<kSpec>::kThreads, 1)
   const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / F::kGroupThreads, 0);
   if (group == F::kConsumers) {
     leave_registers<F::kProducerRegisters>();
-    if (threadIdx.x == F::kConsumers * F::kGroupThreads) {
+    if (threadIdx.x < F::kConsumers * F::kGroupThreads + Producer90<kSpec>::kThreads) {
       Producer90<kSpec>(args, maps, shared).run();
     }
   } else {

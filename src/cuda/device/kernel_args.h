@@ -56,16 +56,18 @@ struct PageArgs {
   int num_pages;
   int max_pages;   // of one sequence
   int page_shift;  // log2 of page_size; -1: it is no power of two
+  int box_rows;    // forward_sm90: rows that the copy engine moves at once; divides page_size
+  int padding;
 };
 
 enum class BiasElement : int { kNone, kOwn, kFloat32, kBoolean };
 
 struct ScoreArgs {
-  float scale;       // kPlain, kGeneral: softmax_scale; kSoftcap: softmax_scale / softcap
-  float scale_log2;  // of a score inside 2^x: log2(e) times softmax_scale (kPlain), softcap
-                     // (kSoftcap) or 1 (kGeneral)
-  float softcap;     // kGeneral; 0: none
-  int padding;
+  float scale;         // kPlain, kGeneral: softmax_scale; kSoftcap: softmax_scale / softcap
+  float scale_log2;    // of a score inside 2^x: log2(e) times softmax_scale (kPlain), softcap
+                       // (kSoftcap) or 1 (kGeneral)
+  float softcap;       // kGeneral; 0: none
+  int bias_has_pairs;  // keys 2i and 2i + 1 of attn_bias lie side by side, aligned together
   const float* alibi_slopes;
   Index alibi_batch_stride;
   const void* bias;

@@ -11,7 +11,8 @@ enum class Element : int { kFloat16, kBFloat16, kFloat32 };
 enum class Score : int { kPlain, kSoftcap, kGeneral };
 
 // How rows of q, k, v and out are moved. kVector: 16 bytes at a time, rows at a constant stride.
-// kPagedVector: the same with k and v behind a page table. kElement: any alignment, paged or not.
+// kPagedVector: the same with k and v behind a page table; forward_sm90: where there is one.
+// kElement: any alignment, paged or not.
 enum class Loader : int { kVector, kPagedVector, kElement };
 
 struct KernelSpec {
@@ -27,8 +28,9 @@ struct KernelSpec {
   // For few queries: the heads of a group are rows of one tile, so that a block reads its keys once
   // for all of them, and blocks may share the keys of a tile among them (SplitArgs).
   bool packs = false;
-  int stages = 1;       // forward_sm80: of k and v in shared memory
-  bool varlen = false;  // forward_sm90; the others ask at run time
+  int stages = 1;  // forward_sm80: of k and v in shared memory
+  // forward_sm90: sequences may have lengths of their own; the others ask at run time.
+  bool varlen = false;
 
   constexpr bool operator==(const KernelSpec&) const = default;
 };

@@ -9,26 +9,27 @@ struct CopyMaps {
   CopyMap q, k, v;
 };
 
-// One thread.
+// One thread; of pages a warp, whose lanes look up and load one box each. The first does the rest.
 template <KernelSpec kSpec>
 class Producer90 {
   using F = Forward90<kSpec>;
 
  public:
+  static constexpr int kThreads = F::kLooksUpPages ? 32 : 1;
+
   __device__ Producer90(const ForwardArgs& args, const CopyMaps& maps,
                         const Shared90<kSpec>& shared)
       : args_(args), maps_(maps), shared_(shared) {}
 
   __device__ void run() {
     Schedule<kSpec> schedule(args_);
-    Work work;
 #pragma unroll 1
-    while (schedule.next(work)) {
-      describe(work);
+    while (describe_next(schedule)) {
       feed(shared_.description(index_));
       q_.advance();
       ++index_;
     }
+    if (!is_first()) return;
     shared_.description(index_).tile_row = -1;
     for (int consumer = 0; consumer < F::kConsumers; ++consumer) {
       shared_.q_empty(consumer, q_.stage).wait(q_.parity ^ 1);
@@ -37,6 +38,21 @@ class Producer90 {
   }
 
  private:
+  __device__ static bool is_first() { return !F::kLooksUpPages || threadIdx.x % 32 == 0; }
+
+  // False: there are no more tiles.
+  __device__ bool describe_next(Schedule<kSpec>& schedule) const {
+    Work work;
+    bool exists = false;
+    if (is_first()) exists = schedule.next(work);
+    if (is_first() && exists) describe(work);
+    if constexpr (F::kLooksUpPages) {
+      __syncwarp();  // the other lanes read the description
+      exists = __shfl_sync(0xFFFFFFFFu, exists, 0);
+    }
+    return exists;
+  }
+
   // Writes first and reads again what it needs: registers are short.
   __device__ void describe(const Work& work) const {
     Tile<kSpec>& tile = shared_.description(index_);
@@ -68,14 +84,16 @@ class Producer90 {
     const bool has_keys = step >= tile.steps.begin;
     if (has_keys) load_k(tile, step);
 #pragma unroll 1
-    for (int consumer = 0; consumer < F::kConsumers; ++consumer) load_q(tile, consumer);
+    for (int consumer = 0; consumer < F::kConsumers; ++consumer) {
+      if (is_first()) load_q(tile, consumer);
+    }
     if (!has_keys) return;
 #pragma unroll 1
     for (; step > tile.steps.begin; --step) {
       load_k(tile, step - 1);
-      load_v(tile, step);
+      load_v(tile, step, false);
     }
-    load_v(tile, step);
+    load_v(tile, step, true);
   }
 
   __device__ void load_q(const Tile<kSpec>& tile, int consumer) const {
@@ -91,25 +109,58 @@ class Producer90 {
   }
 
   __device__ void load_k(const Tile<kSpec>& tile, int step) {
-    load(tile, step, maps_.k, F::kQBlocks, shared_.k(k_.stage), shared_.k_full(k_.stage),
+    v_box_ = k_box_;
+    if constexpr (F::kLooksUpPages) k_box_ = box_of(tile.sequence, step);
+    load(tile, step, k_box_, maps_.k, F::kQBlocks, shared_.k(k_.stage), shared_.k_full(k_.stage),
          shared_.k_empty(k_.stage), k_.parity);
     k_.advance();
   }
 
-  __device__ void load_v(const Tile<kSpec>& tile, int step) {
-    load(tile, step, maps_.v, F::kVBlocks, shared_.v(v_.stage), shared_.v_full(v_.stage),
-         shared_.v_empty(v_.stage), v_.parity);
+  // Of the step before the last one of keys, or, `is_last`, of that one.
+  __device__ void load_v(const Tile<kSpec>& tile, int step, bool is_last) {
+    load(tile, step, is_last ? k_box_ : v_box_, maps_.v, F::kVBlocks, shared_.v(v_.stage),
+         shared_.v_full(v_.stage), shared_.v_empty(v_.stage), v_.parity);
     v_.advance();
   }
 
-  __device__ void load(const Tile<kSpec>& tile, int step, const CopyMap& map, int num_columns,
-                       SharedAddress to, Barrier full, Barrier empty, int parity) const {
-    const int row = tile.sequence.k_begin + step * kSpec.tile_n;
+  // The lane's box of a step: of one page. Without pages there is one, of the whole step.
+  __device__ KeyPlace box_of(const Sequence& sequence, int step) const {
+    const int key = step * kSpec.tile_n + threadIdx.x % 32 * args_.pages.box_rows;
+    if (args_.pages.block_table == nullptr) return {sequence.k_batch, sequence.k_begin + key};
+    return paged_place(args_.pages, sequence, min(key, sequence.seqlen_k - 1));
+  }
+
+  __device__ void load(const Tile<kSpec>& tile, int step, KeyPlace box, const CopyMap& map,
+                       int num_columns, SharedAddress to, Barrier full, Barrier empty,
+                       int parity) const {
+    const Sequence& it = tile.sequence;
+    const int first = step * kSpec.tile_n;
     empty.wait(parity ^ 1);  // the first round finds every stage empty
-    full.arrive_and_expect(num_columns * F::kKeyBlockBytes);
+    if constexpr (F::kLooksUpPages) {
+      // As many boxes as hold keys of the sequence.
+      const int num_keys = min(it.seqlen_k - first, kSpec.tile_n);
+      const int box_rows = args_.pages.box_rows;
+      const int lane = threadIdx.x % 32;
+      if (lane == 0) {
+        const int num_boxes = (num_keys + box_rows - 1) / box_rows;
+        full.arrive_and_expect(num_columns * num_boxes * box_rows * kBlockRowBytes);
+      }
+      __syncwarp();
+      if (lane * box_rows < num_keys) {
+        load_columns(to + lane * box_rows * kBlockRowBytes, map, num_columns, box, tile.kv_head,
+                     full);
+      }
+    } else {
+      full.arrive_and_expect(num_columns * F::kKeyBlockBytes);
+      load_columns(to, map, num_columns, {it.k_batch, it.k_begin + first}, tile.kv_head, full);
+    }
+  }
+
+  __device__ void load_columns(SharedAddress to, const CopyMap& map, int num_columns, KeyPlace box,
+                               int kv_head, Barrier full) const {
     for (int column = 0; column < num_columns; ++column) {
-      copy_box(to + column * F::kKeyBlockBytes, map, column * kBlockColumns, row, tile.kv_head,
-               tile.sequence.k_batch, full);
+      copy_box(to + column * F::kKeyBlockBytes, map, column * kBlockColumns, box.row, kv_head,
+               box.batch, full);
     }
   }
 
@@ -119,6 +170,7 @@ class Producer90 {
   int index_ = 0;  // of the tile
   Turn<F::kQStages> q_;
   Turn<F::kStages> k_, v_;
+  KeyPlace k_box_{}, v_box_{};  // pages: of the last step of keys, and of the one before
 };
 
 }  // namespace fa::cuda

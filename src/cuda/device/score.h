@@ -86,37 +86,159 @@ __device__ inline void for_each_score(Accumulator<kTilesM, kTilesN>& s, int firs
   }
 }
 
-// `score_of(row)` is the GeneralScore of a row's head.
-template <int kTilesM, int kTilesN, bool kPacks, class ScoreOf>
-__device__ inline void apply_general_score(Accumulator<kTilesM, kTilesN>& s, ScoreOf&& score_of,
-                                           const Sequence& sequence, TileRows<kPacks> rows,
-                                           int first_row, int first_key, int lane) {
-  const auto any = score_of(first_row);
-  for_each_score(s, first_row, first_key, lane,
-                 [&](float& value, int, int) { value = any.scaled(value); });
-  if (any.args.alibi_slopes != nullptr) {
-    for_each_score(s, first_row, first_key, lane, [&](float& value, int row, int j) {
-      value += score_of(row).alibi(rows.query_of(row), j);
-    });
-  }
-  if (any.args.bias_element != BiasElement::kNone) {
-    for_each_score(s, first_row, first_key, lane, [&](float& value, int row, int j) {
-      const int i = rows.query_of(row);
-      if (i < sequence.seqlen_q && j < sequence.seqlen_k) value += score_of(row).bias(i, j);
-    });
+// attn_bias at two neighbouring keys, the first of which lies at an even address among pairs.
+template <Element kElement, BiasElement kBias>
+__device__ inline float2 load_bias_pair(const void* bias, Index at) {
+  if constexpr (kBias == BiasElement::kBoolean) {
+    const auto keeps =
+        *reinterpret_cast<const unsigned short*>(static_cast<const unsigned char*>(bias) + at);
+    return {keeps % 256 != 0 ? 0.0f : -kInfinity, keeps / 256 != 0 ? 0.0f : -kInfinity};
+  } else if constexpr (kBias == BiasElement::kFloat32) {
+    return *reinterpret_cast<const float2*>(static_cast<const float*>(bias) + at);
+  } else {
+    const Word words = *reinterpret_cast<const Word*>(static_cast<const Half*>(bias) + at);
+    return {to_float<kElement>(static_cast<Half>(words)),
+            to_float<kElement>(static_cast<Half>(words >> 16))};
   }
 }
 
-template <int kTilesM, int kTilesN>
-__device__ inline void apply_softcap(Accumulator<kTilesM, kTilesN>& s, float scale) {
+template <Element kElement, BiasElement kBias>
+__device__ inline float load_bias(const void* bias, Index at) {
+  if constexpr (kBias == BiasElement::kBoolean) {
+    return static_cast<const unsigned char*>(bias)[at] != 0 ? 0.0f : -kInfinity;
+  } else {
+    constexpr bool kIsFloat = kBias == BiasElement::kFloat32;
+    return load_element < kIsFloat ? Element::kFloat32 : kElement > (bias, at);
+  }
+}
+
+// How the keys of a step lie in the memory of attn_bias.
+struct BiasKeys {
+  Index stride;
+  int last;  // of the sequence, counted from the lane's first; what lies behind it is not read
+};
+
+// Adds a row's bias to the scores of the lane's keys, of which the first has the bias at `at`.
+template <Element kElement, BiasElement kBias, bool kPairs, int kTilesN>
+__device__ inline void add_row_bias(float (&s)[kTilesN][4], int half, const void* bias, Index at,
+                                    BiasKeys keys) {
+  constexpr float kUnit = GeneralScore<kElement>::kUnit;
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+    float2 value;
+    if constexpr (kPairs) {
+      value = load_bias_pair<kElement, kBias>(bias, at + n * 8);
+    } else {
+      value.x = load_bias<kElement, kBias>(bias, at + min(n * 8, keys.last) * keys.stride);
+      value.y = load_bias<kElement, kBias>(bias, at + min(n * 8 + 1, keys.last) * keys.stride);
+    }
+    s[n][2 * half] += value.x * kUnit;
+    s[n][2 * half + 1] += value.y * kUnit;
+  }
+}
+
+// Calls body(kind, in_pairs) with attn_bias's kind, and whether its keys may be read two at a time,
+// as types.
+template <BiasElement kBias, bool kPairs>
+struct BiasLoad {
+  static constexpr BiasElement kKind = kBias;
+  static constexpr bool kInPairs = kPairs;
+};
+
+template <class Body>
+__device__ inline void with_bias_load(BiasElement kind, bool in_pairs, Body&& body) {
+  const auto with = [&]<BiasElement kKind>() {
+    in_pairs ? body(BiasLoad<kKind, true>{}) : body(BiasLoad<kKind, false>{});
+  };
+  switch (kind) {
+    case BiasElement::kOwn:
+      return with.template operator()<BiasElement::kOwn>();
+    case BiasElement::kFloat32:
+      return with.template operator()<BiasElement::kFloat32>();
+    case BiasElement::kBoolean:
+      return with.template operator()<BiasElement::kBoolean>();
+    case BiasElement::kNone:
+      break;
+  }
+}
+
+template <int kTilesM, int kTilesN, class Scale>
+__device__ inline void scale_scores(Accumulator<kTilesM, kTilesN>& s, Scale&& scale) {
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s.at[m][n][e] = tanh_approx(s.at[m][n][e] * scale);
+      for (int e = 0; e < 4; ++e) s.at[m][n][e] = scale(s.at[m][n][e]);
     }
   }
+}
+
+// Calls body(m, half, row, score) for each row of a lane; `score_of(row)` is the GeneralScore of a
+// row's head, which is the same for all unless heads are packed.
+template <int kTilesM, bool kPacks, class ScoreOf, class Body>
+__device__ inline void for_each_row(ScoreOf&& score_of, int first_row, int lane, Body&& body) {
+  const auto any = score_of(first_row);
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + m * 16 + lane / 4 + half * 8;
+      if constexpr (kPacks) {
+        body(m, half, row, score_of(row));
+      } else {
+        body(m, half, row, any);
+      }
+    }
+  }
+}
+
+template <Element kElement, int kTilesM, int kTilesN, bool kPacks, class ScoreOf>
+__device__ inline void apply_general_score(Accumulator<kTilesM, kTilesN>& s, ScoreOf&& score_of,
+                                           const ScoreArgs& args, const Sequence& sequence,
+                                           TileRows<kPacks> rows, int first_row, int first_key,
+                                           int lane) {
+  constexpr float kUnit = GeneralScore<kElement>::kUnit;
+  if (args.softcap == 0.0f) {
+    scale_scores(s, [factor = args.scale * kUnit](float qk) { return qk * factor; });
+  } else {
+    scale_scores(s, [inner = args.scale / args.softcap, outer = args.softcap * kUnit](float qk) {
+      return outer * tanh_approx(qk * inner);
+    });
+  }
+  const int lane_key = first_key + lane % 4 * 2;
+  if (args.alibi_slopes != nullptr) {
+    for_each_row<kTilesM, kPacks>(
+        score_of, first_row, lane, [&](int m, int half, int row, const auto& score) {
+          const auto distance = static_cast<float>(rows.query_of(row) + score.shift - lane_key);
+#pragma unroll
+          for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              s.at[m][n][2 * half + e] -=
+                  score.slope * fabsf(distance - static_cast<float>(n * 8 + e));
+            }
+          }
+        });
+  }
+  if (args.bias_element == BiasElement::kNone) return;
+  const BiasKeys keys{args.bias_key_stride, sequence.seqlen_k - 1 - lane_key};
+  const bool in_pairs = args.bias_has_pairs != 0 && first_key + kTilesN * 8 <= sequence.seqlen_k;
+  with_bias_load(args.bias_element, in_pairs, [&](auto load) {
+    using Load = decltype(load);
+    for_each_row<kTilesM, kPacks>(
+        score_of, first_row, lane, [&](int m, int half, int row, const auto& score) {
+          const int i = min(rows.query_of(row), sequence.seqlen_q - 1);
+          const Index at =
+              score.bias_offset + i * args.bias_row_stride + lane_key * args.bias_key_stride;
+          add_row_bias<kElement, Load::kKind, Load::kInPairs>(s.at[m], half, args.bias, at, keys);
+        });
+  });
+}
+
+template <int kTilesM, int kTilesN>
+__device__ inline void apply_softcap(Accumulator<kTilesM, kTilesN>& s, float scale) {
+  scale_scores(s, [scale](float qk) { return tanh_approx(qk * scale); });
 }
 
 // -infinity where a row does not see a key. Without a bound to the left, which is known for all of

@@ -25,7 +25,7 @@ __device__ inline void store_rows(const Accumulator<1, kTilesO>& o, const Online
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + lane / 4 + half * 8;
     const bool exists = row < tile.sequence.seqlen_q;
-    const float factor = softmax.sum[0][half];
+    const float factor = softmax.sum[0][half] * (kSpec.dropout ? args.dropout.keep_scale : 1.0f);
     Half* to = rows.first(row) + lane % 4 * 8;
 #pragma unroll
     for (int n = 0; n < kTilesO; n += 4) {

@@ -18,8 +18,12 @@ struct Forward90 {
   // Of a thread, in whole eighths. What the producer leaves, the consumers take: more than a block
   // starts with would be waited for without end.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
+  static constexpr bool kLooksUpPages = kSpec.loader == Loader::kPagedVector;
+  static constexpr int kProducerRegisters = kConsumers > 2 ? 32 : kLooksUpPages ? 40 : 24;
+  static constexpr int kConsumerRegisters = kConsumers == 4   ? 112
+                                            : kConsumers == 3 ? 160
+                                            : kLooksUpPages   ? 232
+                                                              : 240;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (kConsumers + 1) * kRegisters);
   static_assert(kThreads == (kConsumers + 1) * kGroupThreads);

@@ -1,0 +1,109 @@
+#include "cuda/forward_launch.h"
+
+#include <algorithm>
+
+#include "cuda/forward_plan.h"
+#include "cuda/heuristics.h"
+#include "cuda/tensor_map.h"
+
+namespace fa::cuda {
+namespace {
+
+using core::AttentionArgs;
+using core::AttentionProblem;
+using core::Result;
+using core::Status;
+using core::TensorView;
+
+// The tensors as Hopper's kernel takes them; field for field what it calls CopyMaps.
+struct TensorMaps {
+  TensorMap q, k, v;
+};
+
+constexpr int kRowsPerWarpgroup = 64;
+
+Status make_tensor_maps(const Driver& driver, const TensorView& q, const AttentionArgs& args,
+                        int box_rows, TensorMaps& maps) {
+  FA_TRY(make_tensor_map(driver, q, kRowsPerWarpgroup, maps.q));
+  FA_TRY(make_tensor_map(driver, args.k, box_rows, maps.k));
+  return make_tensor_map(driver, args.v, box_rows, maps.v);
+}
+
+// Keys behind a padding on the left begin anywhere within a page, and a box must not.
+bool has_boxes(const AttentionArgs& args) {
+  return !args.block_table.present() || !args.cache_leftpad.present();
+}
+
+}  // namespace
+
+ForwardLaunch::ForwardLaunch(const AttentionProblem& problem, int device_index,
+                             const Device& device, const KernelId& kernel,
+                             const KernelId& otherwise)
+    : problem_(problem),
+      device_index_(device_index),
+      device_(device),
+      uses_maps_(kernel.family == Family::kForward90),
+      counts_tiles_(kernel.spec.varlen),
+      kernel_(kernel),
+      otherwise_(otherwise) {}
+
+Result<const LoadedKernel*> ForwardLaunch::kernel_for(const AttentionArgs& args) const {
+  const bool maps = uses_maps_ && has_tensor_map(args.q) && has_tensor_map(args.k) &&
+                    has_tensor_map(args.v) && has_boxes(args);
+  return (uses_maps_ && !maps ? otherwise_ : kernel_).get(device_index_);
+}
+
+Status ForwardLaunch::run(const LoadedKernel& kernel, const TensorView& q,
+                          const AttentionArgs& args, ForwardArgs& launch_args, void* workspace,
+                          const core::Stream& stream) const {
+  const KernelSpec& spec = kernel.id.spec;
+  TensorMaps maps;
+  if (kernel.id.family == Family::kForward90) {
+    launch_args.pages.box_rows = static_cast<int>(box_rows(problem_, spec));
+    FA_TRY(make_tensor_maps(*device_.driver, q, args, launch_args.pages.box_rows, maps));
+  }
+  if (takes_pairs(problem_, kernel.id)) {
+    launch_args.schedule.paired = 1;
+    launch_args.schedule.num_tiles_m = (launch_args.schedule.num_tiles_m + 1) / 2;
+    launch_args.schedule.heads_per_group = 1;
+  }
+  if (spec.varlen && workspace != nullptr) {
+    FA_TRY(set_counter(workspace, stream, launch_args.schedule));
+  }
+  const int64_t blocks = blocks_of(launch_args.schedule, spec);
+  launch_args.schedule.num_blocks = static_cast<int>(std::min(blocks, kMaxBlocks));
+  launch_args.splits.num_tiles = launch_args.schedule.num_blocks;
+  const bool one_each =
+      blocks > kMaxBlocks || (spec.varlen && launch_args.schedule.counter == nullptr);
+  void* arguments[] = {&launch_args, &maps};
+  return kernel.launch(
+      one_each ? blocks : num_launched(problem_, kernel.id, blocks, device_.properties), arguments,
+      stream.handle);
+}
+
+std::string ForwardLaunch::describe() const {
+  const Result<const LoadedKernel*> kernel = kernel_.get(device_index_);
+  if (!kernel.ok()) return kernel.status().message();
+  return describe_kernel(*kernel.value());
+}
+
+Status ForwardLaunch::set_counter(void* workspace, const core::Stream& stream,
+                                  ScheduleArgs& to) const {
+  to.counter = static_cast<unsigned*>(workspace);
+  const CurrentContext current(device_);
+  FA_TRY(current.status());
+  return device_.driver->check(
+      device_.driver->set_words(reinterpret_cast<uint64_t>(workspace), 0, 1,
+                                static_cast<StreamHandle>(stream.handle)),
+      "cuMemsetD32Async");
+}
+
+// Hopper's varlen kernel: as many tiles as there may be of sequences that share total_q rows.
+int64_t ForwardLaunch::blocks_of(const ScheduleArgs& schedule, const KernelSpec& spec) const {
+  if (!spec.varlen) return num_blocks(problem_, schedule);
+  const int64_t tiles = std::min(problem_.batch * schedule.num_tiles_m,
+                                 problem_.total_q / spec.tile_m + problem_.batch);
+  return problem_.num_heads * tiles;
+}
+
+}  // namespace fa::cuda
