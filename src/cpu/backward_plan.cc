@@ -4,6 +4,7 @@
 
 #include "core/element.h"
 #include "cpu/plans.h"
+#include "cpu/task_shares.h"
 
 namespace fa::cpu {
 namespace {
@@ -117,11 +118,11 @@ class BackwardPlan final : public core::Plan {
     const auto run_all = [&](const std::vector<BackwardTask>& tasks, auto&& kernel) {
       double flops = 0;
       for (const BackwardTask& task : tasks) flops += task.cost;
-      core::parallel_for(*stream.parallel, static_cast<int64_t>(tasks.size()),
-                         useful_workers(flops, *stream.parallel), [&](int64_t task, int worker) {
-                           kernel(call, tasks[task],
-                                  shared + layout.shared + worker * layout.scratch);
-                         });
+      const bool equal = !tasks.empty() && tasks.front().cost == tasks.back().cost;
+      for_each_task(*stream.parallel, static_cast<int64_t>(tasks.size()),
+                    useful_workers(flops, *stream.parallel), equal, [&](int64_t task, int worker) {
+                      kernel(call, tasks[task], shared + layout.shared + worker * layout.scratch);
+                    });
     };
     clear_unused_rows(args, problem_);
     const BackwardKernels& kernels = set_.backward;

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/call.h"
+#include "cpu/task_shares.h"
 
 namespace fa::cpu {
 namespace {
@@ -160,11 +161,11 @@ class ForwardPlan final : public core::Plan {
       for (const ForwardTask& task : tasks) {
         flops += 2.0 * task.cost * static_cast<double>(problem_.head_dim + problem_.head_dim_v);
       }
-      core::parallel_for(*stream.parallel, static_cast<int64_t>(tasks.size()),
-                         useful_workers(flops, *stream.parallel), [&](int64_t task, int worker) {
-                           kernel(call, tasks[task],
-                                  shared + shared_floats_ + worker * scratch_floats_);
-                         });
+      const bool equal = !tasks.empty() && tasks.front().order == tasks.back().order;
+      for_each_task(*stream.parallel, static_cast<int64_t>(tasks.size()),
+                    useful_workers(flops, *stream.parallel), equal, [&](int64_t task, int worker) {
+                      kernel(call, tasks[task], shared + shared_floats_ + worker * scratch_floats_);
+                    });
     };
     if (problem_.appends) run_all(update_tasks(), set_.forward.update_cache);
     run_all(attend_tasks(call, cut), set_.forward.attend);

@@ -72,24 +72,29 @@ class FloatGradientProducts {
                   run_.keys_of(panel, tile), ds_);
   }
 
-  HWY_INLINE void start_tile(const KeyTile& tile) const {
-    const int64_t keys = tile.keys.end - tile.first_key;
-    std::fill_n(dk_, keys * k_row_, 0.0f);
-    std::fill_n(dv_, keys * v_row_, 0.0f);
+  HWY_INLINE void start_tile(const KeyTile& tile) {
+    num_rows_ = tile.keys.end - tile.first_key;
+    started_ = false;
   }
 
   // dV += P^T dO, dK += dS^T Q, dQ += dS K; = where `first` of dQ.
-  HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, bool first) const {
-    const auto queries_of = run_.queries_of(panel, tile);
+  HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, bool first) {
+    if (started_) {
+      accumulate_keys<true>(panel, tile);
+    } else {
+      clear_rows(0, tile.begin);
+      accumulate_keys<false>(panel, tile);
+      clear_rows(tile.end, num_rows_);
+      started_ = true;
+    }
     const int64_t k_vectors = (call_.problem.head_dim + kLanes - 1) / kLanes;
-    const int64_t v_vectors = (call_.problem.head_dim_v + kLanes - 1) / kLanes;
-    key_product(p_, dout_rows(panel), v_row_, v_vectors, tile.begin, tile.end, queries_of, dv_);
-    key_product(ds_, q_rows(panel), k_row_, k_vectors, tile.begin, tile.end, queries_of, dk_);
     value_product(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile), !first,
                   panel.dq, round_up(call_.problem.head_dim, kMaxLanes));
   }
 
-  HWY_INLINE void finish_tile() const {}
+  HWY_INLINE void finish_tile() const {
+    if (!started_) clear_rows(0, num_rows_);
+  }
 
   // Rounds dK and dV, times their factors, to where they belong.
   HWY_INLINE void store(const KeyTile& tile, float k_factor, float v_factor) const {
@@ -101,6 +106,25 @@ class FloatGradientProducts {
   HWY_INLINE const float* rows(const BackwardPanel& panel) const { return panel.dq; }
 
  private:
+  // dV and dK; the first panel of a tile writes them.
+  template <bool kAccumulate>
+  HWY_INLINE void accumulate_keys(const BackwardPanel& panel, const ScoreTile& tile) const {
+    const auto queries_of = run_.queries_of(panel, tile);
+    const int64_t k_vectors = (call_.problem.head_dim + kLanes - 1) / kLanes;
+    const int64_t v_vectors = (call_.problem.head_dim_v + kLanes - 1) / kLanes;
+    key_product<kAccumulate>(p_, dout_rows(panel), v_row_, v_vectors, tile.begin, tile.end,
+                             queries_of, dv_);
+    key_product<kAccumulate>(ds_, q_rows(panel), k_row_, k_vectors, tile.begin, tile.end,
+                             queries_of, dk_);
+  }
+
+  // Rows of dK and dV that the first panel does not see.
+  HWY_INLINE void clear_rows(int64_t begin, int64_t end) const {
+    if (begin >= end) return;
+    std::fill_n(dk_ + begin * k_row_, (end - begin) * k_row_, 0.0f);
+    std::fill_n(dv_ + begin * v_row_, (end - begin) * v_row_, 0.0f);
+  }
+
   // [kPanel][k_row], [kPanel][v_row]
   float* q_rows(const BackwardPanel& panel) const {
     return buffers_.q_right + panel.number * kPanel * k_row_;
@@ -118,8 +142,10 @@ class FloatGradientProducts {
   float* const v_;
   float* const dk_;
   float* const dv_;
-  float* const p_;   // [tile_keys][kPanel]
-  float* const ds_;  // [tile_keys][kPanel]
+  float* const p_;        // [tile_keys][kPanel]
+  float* const ds_;       // [tile_keys][kPanel]
+  int64_t num_rows_ = 0;  // of the tile
+  bool started_ = false;  // dk_ and dv_ hold something
 };
 
 }  // namespace HWY_NAMESPACE

@@ -147,10 +147,11 @@ HWY_INLINE void value_product(const float* HWY_RESTRICT p, int64_t num_queries,
   });
 }
 
-// C[key][d] += sum over queries of A^T[key][query] B[query][d], for keys in [begin, end).
+// C[key][d] += sum over queries of A^T[key][query] B[query][d], for keys in [begin, end); = where
+// kAccumulate is false.
 // a: [keys][kPanel], b: [queries][row], c: [keys][row]. queries_of(first, last) gives the queries
 // that see any key of [first, last); the rest of A is 0.
-template <class QueriesOf>
+template <bool kAccumulate, class QueriesOf>
 HWY_INLINE void key_product(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, int64_t row,
                             int64_t vectors, int64_t begin, int64_t end, QueriesOf&& queries_of,
                             float* HWY_RESTRICT c) {
@@ -158,10 +159,12 @@ HWY_INLINE void key_product(const float* HWY_RESTRICT a, const float* HWY_RESTRI
     int64_t key = begin;
     const auto rows = [&](auto count) HWY_ATTR {
       const semantics::Range queries = queries_of(key, key + count());
-      if (!queries.empty()) {
-        multiply_tile<count(), width(), true>(
-            a + key * kPanel + queries.begin, kPanel, 1, b + queries.begin * row + w * kLanes, row,
-            queries.end - queries.begin, c + key * row + w * kLanes, row);
+      if (!kAccumulate || !queries.empty()) {
+        const int64_t first = queries.empty() ? 0 : queries.begin;
+        const int64_t n = queries.empty() ? 0 : queries.end - queries.begin;
+        multiply_tile<count(), width(), kAccumulate>(a + key * kPanel + first, kPanel, 1,
+                                                     b + first * row + w * kLanes, row, n,
+                                                     c + key * row + w * kLanes, row);
       }
       key += count();
     };
