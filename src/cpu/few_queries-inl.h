@@ -48,7 +48,7 @@ class FewQueriesRun {
   using HeadRun = ForwardTaskRun<RowProducts>;
   // Rows asked for ahead of their use, and keys whose values are added to O at once.
   static constexpr int64_t kRowsAhead = 16;
-  static constexpr int64_t kValueKeys = 8;
+  static constexpr int64_t kValueKeys = 24;
   static constexpr int64_t kMaxRows = kLongTileKeys + kRowsAhead;
 
   const HeadRun& first_head() const { return *heads_[0]; }
