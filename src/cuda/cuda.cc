@@ -34,15 +34,12 @@ Result<core::PlanPtr> accept_sm90(const core::AttentionProblem& problem, core::D
   if (!found.ok()) return found.status();
   FA_TRY(check_sm90(problem, found.value()->properties));
   FA_TRY(check_compiler());
-  const KernelId kernel = choose_sm90(problem);
   const KernelId otherwise = choose_sm80(problem, found.value()->properties);
   if (!wants_split_plan(problem)) {
-    return make_forward_plan(problem, at.index, *found.value(), kernel, otherwise);
+    return make_forward_plan(problem, at.index, *found.value(), choose_sm90(problem), otherwise);
   }
-  // Where few rows read each key, the memory's pace is all that counts.
-  SplitChoice choice = choose_split(problem, found.value()->properties);
-  if (!choice.kernel.spec.packs) choice.kernel = kernel;
-  return make_split_plan(problem, at.index, *found.value(), choice, otherwise);
+  return make_split_plan(problem, at.index, *found.value(),
+                         choose_split_sm90(problem, found.value()->properties), otherwise);
 }
 
 }  // namespace

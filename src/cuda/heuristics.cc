@@ -217,6 +217,18 @@ bool wants_packed(const AttentionProblem& problem, const KernelSpec& spec,
   return problem.num_splits == 0 && 2 * num_tiles(problem, spec) <= properties.multiprocessors;
 }
 
+// Whether Hopper's tiles, some of which leave multiprocessors idle, still serve better than shared
+// keys. On an H100, 32 heads of 128 over 8 for keys, 32768 of them: 128 queries take 376 us for
+// 514, 256 take 378 for 1008, but 64 297 for 267. Of 64, whose tiles have twice the rows for half
+// the work each: 256 queries take 605 us for 494, 2 times 128 425 for 481.
+bool wants_whole_tiles(const AttentionProblem& problem, const KernelSpec& spec,
+                       const DeviceProperties& properties) {
+  if (has_few_queries(problem) || problem.num_splits > 1) return false;
+  const double filled = static_cast<double>(problem.batch * problem.num_heads * problem.seqlen_q) /
+                        static_cast<double>(properties.multiprocessors * spec.tile_m);
+  return filled >= (spec.head_dim > 64 ? 0.2 : 0.4);
+}
+
 // The fewest splits for which a model says about least time. Its unit is what 32 KiB of keys and
 // values take at a multiprocessor's share of the bandwidth, 1.4 us on an H100; a block that has a
 // multiprocessor to itself takes kWaiting for them.
@@ -344,6 +356,15 @@ SplitChoice choose_split(const AttentionProblem& problem, const DeviceProperties
     choice.num_splits = num_splits(problem, choice.kernel, properties);
   }
   return choice;
+}
+
+SplitChoice choose_split_sm90(const AttentionProblem& problem, const DeviceProperties& properties) {
+  const SplitChoice choice = choose_split(problem, properties);
+  const KernelId whole = choose_sm90(problem);
+  if (choice.kernel.spec.packs && !wants_whole_tiles(problem, whole.spec, properties)) {
+    return choice;
+  }
+  return {whole, 1};
 }
 
 KernelId choose_around(Family family, const AttentionProblem& problem) {

@@ -40,6 +40,10 @@ struct SplitChoice {
 };
 SplitChoice choose_split(const core::AttentionProblem& problem, const DeviceProperties& properties);
 
+// The same of a problem that check_sm90() takes as well.
+SplitChoice choose_split_sm90(const core::AttentionProblem& problem,
+                              const DeviceProperties& properties);
+
 // The kernels around one for a KV cache: Family::kUpdateCache and Family::kCombineSplits.
 KernelId choose_around(Family family, const core::AttentionProblem& problem);
 

@@ -97,6 +97,10 @@ TEST(CudaHeuristics, whatever_is_chosen_is_reachable) {
       ASSERT_TRUE(is_among(kernel, reachable)) << to_string(problem) << ": " << to_string(kernel);
       if (check_sm90(problem, properties).ok()) {
         ASSERT_TRUE(is_among(choose_sm90(problem), reachable)) << to_string(problem);
+        if (!wants_split_plan(problem)) continue;
+        const SplitChoice choice = choose_split_sm90(problem, properties);
+        ASSERT_TRUE(is_among(choice.kernel, reachable)) << to_string(problem);
+        ASSERT_TRUE(choice.kernel.spec.packs || choice.num_splits == 1) << to_string(problem);
       }
     }
   }
@@ -165,6 +169,19 @@ TEST(CudaHeuristics, layouts_share_a_kernels_order_of_keys) {
       EXPECT_EQ(choose_sm90(problem).spec.loader, Loader::kPagedVector);
     }
   }
+}
+
+TEST(CudaHeuristics, chunks_of_a_prompt_take_hoppers_kernel_and_steps_of_decoding_do_not) {
+  const auto chosen = [](int64_t seqlen_q, int64_t num_splits) {
+    AttentionProblem problem = decoding(1, 32768, 32, 8);
+    problem.seqlen_q = problem.total_q = seqlen_q;
+    problem.num_splits = num_splits;
+    return choose_split_sm90(problem, hopper()).kernel.family;
+  };
+  for (const int64_t few : {1, 16, 64}) EXPECT_EQ(chosen(few, 0), Family::kForward80) << few;
+  for (const int64_t many : {128, 256, 4096}) EXPECT_EQ(chosen(many, 0), Family::kForward90);
+  EXPECT_EQ(chosen(4096, 1), Family::kForward90);
+  EXPECT_EQ(chosen(4096, 2), Family::kForward80);  // splits that were asked for
 }
 
 TEST(CudaHeuristics, few_queries_pack_the_heads_of_a_group) {
