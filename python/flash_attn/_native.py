@@ -155,8 +155,7 @@ def load() -> None:
     with _load_lock:
         if _module is not None:
             return
-        import tvm_ffi
-
+        tvm_ffi = _import_tvm_ffi()
         # tvm-ffi knows the other built-in exceptions by itself.
         tvm_ffi.error.register_error("NotImplementedError", NotImplementedError)
         suffix = _SUFFIXES.get(sys.platform, ".so")
@@ -170,6 +169,48 @@ def load() -> None:
         share_threads_with_torch()
         for folder in _nvrtc_folders():
             add_nvrtc_folder(folder)
+
+
+def _import_tvm_ffi() -> Any:
+    """tvm-ffi, without the CUDA bindings for Python where nobody has loaded those.
+
+    It imports them only to ask of an argument whether it is one of their streams, which nothing is
+    before somebody else loads them; that takes 15 ms of the 40 that a first call waits for it.
+    """
+    # Without PyTorch, tvm-ffi imports that first, which may want the bindings itself.
+    if "tvm_ffi" in sys.modules or "torch" not in sys.modules or "cuda.bindings" in sys.modules:
+        import tvm_ffi
+
+        return tvm_ffi
+    without = _WithoutCudaBindings()
+    sys.meta_path.insert(0, without)
+    try:
+        import tvm_ffi
+    finally:
+        sys.meta_path.remove(without)
+    if getattr(tvm_ffi.core, "cuda_driver", without) is None:
+        tvm_ffi.core.cuda_driver = _CudaDriver()
+    return tvm_ffi
+
+
+class _WithoutCudaBindings:
+    """Finds no CUDA bindings for one thread."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "cuda.bindings" and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+class _CudaDriver:
+    """cuda.bindings.driver for tvm-ffi, which knows its streams once somebody has loaded it."""
+
+    @property
+    def CUstream(self) -> Any:
+        driver = sys.modules.get("cuda.bindings.driver")
+        return getattr(driver, "CUstream", ())  # nothing is an instance of ()
 
 
 def _nvrtc_folders() -> list[str]:

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import textwrap
 import timeit
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn import _native, flash_attn_func, flash_attn_varlen_func
 
 # The bar is 50 ms beyond PyTorch's own import.
 IMPORT_BAR_MS = 50.0
@@ -91,6 +92,39 @@ def test_import_time():
     print((time.perf_counter() - start) * 1e3)
     """
     assert min(float(run_python(code)) for _ in range(3)) < IMPORT_BAR_MS
+
+
+def test_the_cuda_bindings_are_loaded_by_others_alone(tmp_path):
+    package = tmp_path / "cuda" / "bindings"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "driver.py").write_text("class CUstream(int): pass\n")
+    output = run_python(
+        f"""
+        import torch
+        from flash_attn import flash_attn_func
+        for name in [name for name in sys.modules if name.partition(".")[0] == "cuda"]:
+            del sys.modules[name]  # PyTorch's own
+        sys.path.insert(0, {str(tmp_path)!r})
+        x = torch.randn(1, 5, 2, 8)
+        flash_attn_func(x, x, x)
+        assert "cuda.bindings.driver" not in sys.modules
+        import cuda.bindings.driver
+        import tvm_ffi
+        echo = tvm_ffi.get_global_func("testing.echo")
+        print(echo("text"), echo(cuda.bindings.driver.CUstream(5)))
+        """
+    )
+    assert output.strip() == "text c_void_p(5)"
+
+
+def test_other_threads_find_the_cuda_bindings_meanwhile():
+    finder = _native._WithoutCudaBindings()
+    with pytest.raises(ModuleNotFoundError):
+        finder.find_spec("cuda.bindings")
+    assert finder.find_spec("cuda") is None
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(finder.find_spec, "cuda.bindings").result() is None
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
