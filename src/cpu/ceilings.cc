@@ -162,16 +162,37 @@ CeilingLoops best_loops() {
 }
 
 #if FA_CPU_HAS_PAIRS
+constexpr int64_t kPairLoopDepth = 512;
+
+// Factors like data's: on zeros AMX was 7% faster.
+struct PairFactors {
+  alignas(64) uint16_t a[2 * kPairRows * kPairLoopDepth];
+  alignas(64) uint32_t b[4 * kBlockB];
+
+  PairFactors() {
+    uint32_t state = 1;
+    const auto next = [&state] {  // of either sign, between 1 and 2
+      constexpr uint32_t kOne = 0x3F80, kSignAndMantissa = 0x807F;
+      state = state * 1664525 + 1013904223;
+      return kOne | (state >> 16 & kSignAndMantissa);
+    };
+    for (uint16_t& x : a) x = static_cast<uint16_t>(next());
+    for (uint32_t& pair : b) {
+      pair = next();
+      pair |= next() << 16;
+    }
+  }
+};
+
 // Products of one strip, over and over: operands come from L1, sums stay in registers but for the
 // strip's ends. Returns the operations.
 double multiply_pairs(const PairKernels& pairs, int64_t rows, int64_t columns, int64_t repeats) {
-  constexpr int64_t kDepth = 512;
-  alignas(64) static const uint16_t a[2 * kPairRows * kDepth] = {};
-  alignas(64) static const uint32_t b[4 * kBlockB] = {};
+  constexpr int64_t kDepth = kPairLoopDepth;
+  static const PairFactors factors;
   alignas(64) float c[4 * kBlockC] = {};
-  const PairProduct product{.a = a,
+  const PairProduct product{.a = factors.a,
                             .a_row_step = kPairRows * kDepth,
-                            .b = b,
+                            .b = factors.b,
                             .b_depth_step = 0,
                             .b_column_step = kBlockB,
                             .c = c,
