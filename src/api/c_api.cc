@@ -1,5 +1,9 @@
 // The C interface: turns its structs into the core's views, and the core's Status into its codes.
 // No exception and no message leaves by another way.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstring>
 #include <new>
 #include <string>
@@ -248,10 +252,12 @@ Status validate(const fa_attention_args* c_args, const fa_attention_gradients* c
 
 // ---- Running ----
 
-constexpr std::align_val_t kWorkspaceAlignment{64};
-// A thread keeps this much between calls; more is given back at once, so that one long sequence
-// does not hold its memory for the life of the thread.
+// A thread keeps this much between calls; the pages of more are the system's to take, so that one
+// long sequence does not hold its memory for the life of the thread.
 constexpr int64_t kMaxRetainedWorkspace = int64_t{64} << 20;
+// From here on, in pages of 2 MiB: with small ones the first touch of 118 MiB took 27000 faults, a
+// tenth of a backward on 16 threads, call after call.
+constexpr int64_t kLargeWorkspace = int64_t{4} << 20;
 
 class Workspace {
  public:
@@ -264,24 +270,40 @@ class Workspace {
   void* reserve(int64_t bytes) {
     if (bytes <= capacity_) return data_;
     release();
-    data_ = ::operator new(static_cast<size_t>(bytes), kWorkspaceAlignment, std::nothrow);
+    alignment_ = bytes < kLargeWorkspace ? kCacheLine : kHugePage;
+    data_ = ::operator new(static_cast<size_t>(bytes), alignment_, std::nothrow);
     capacity_ = data_ == nullptr ? 0 : bytes;
+#if defined(__linux__)
+    if (data_ != nullptr && alignment_ == kHugePage)
+      madvise(data_, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#endif
     return data_;
   }
 
   void trim() {
-    if (capacity_ > kMaxRetainedWorkspace) release();
+    if (capacity_ <= kMaxRetainedWorkspace) return;
+#if defined(__linux__) && defined(MADV_FREE)
+    // Until the system wants them, the next call finds the pages as they were.
+    const int64_t whole_pages = capacity_ / kHugePageBytes * kHugePageBytes;
+    if (madvise(data_, static_cast<size_t>(whole_pages), MADV_FREE) == 0) return;
+#endif
+    release();
   }
 
  private:
+  static constexpr std::align_val_t kCacheLine{64};
+  static constexpr int64_t kHugePageBytes = int64_t{2} << 20;
+  static constexpr std::align_val_t kHugePage{kHugePageBytes};
+
   void release() {
-    ::operator delete(data_, kWorkspaceAlignment);
+    ::operator delete(data_, alignment_);
     data_ = nullptr;
     capacity_ = 0;
   }
 
   void* data_ = nullptr;
   int64_t capacity_ = 0;
+  std::align_val_t alignment_ = kCacheLine;
 };
 
 Status no_workspace(int64_t bytes) {
