@@ -13,9 +13,7 @@ using core::AttentionArgs;
 using core::AttentionProblem;
 using core::Status;
 
-// Tasks of key chunks that a call should have, for many threads to share; their number must not
-// depend on the threads. Each chunk of a key head has a dQ of its own, which bounds their number.
-constexpr int64_t kWantedTasks = 32;
+// Each chunk of a key head has a dQ of its own, which bounds their number.
 constexpr int64_t kMaxChunks = 8;
 // Chunks cost their copies of dQ and two more phases, 3 to 5% where a chunk has this much to do.
 constexpr double kMinFlopsPerChunk = 2.5e8;
@@ -25,14 +23,16 @@ double flops_per_pair(const AttentionProblem& problem) {
   return 2.0 * static_cast<double>(3 * problem.head_dim + 2 * problem.head_dim_v);
 }
 
-int64_t num_chunks(const AttentionProblem& problem, int64_t tile_keys) {
+// Chunks of keys, whose tasks many threads share; their number must not depend on the threads.
+int64_t num_chunks(const AttentionProblem& problem, const InstructionSet& set) {
   const int64_t sequences = std::max<int64_t>(problem.batch * problem.num_heads_kv, 1);
-  const int64_t tiles = (problem.seqlen_k + tile_keys - 1) / tile_keys;
+  const int64_t tiles = (problem.seqlen_k + set.backward_tile_keys - 1) / set.backward_tile_keys;
   const double flops = flops_per_pair(problem) * static_cast<double>(problem.seqlen_q) *
                        static_cast<double>(problem.seqlen_k) *
                        static_cast<double>(problem.num_heads / problem.num_heads_kv);
   const auto worth = static_cast<int64_t>(std::min(flops / kMinFlopsPerChunk, 1e6));
-  const int64_t wanted = std::min({(kWantedTasks + sequences - 1) / sequences, kMaxChunks, worth});
+  const int64_t wanted =
+      std::min({(set.backward_tasks + sequences - 1) / sequences, kMaxChunks, worth});
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles, 1));
 }
 
@@ -96,7 +96,7 @@ class BackwardPlan final : public core::Plan {
       : problem_(problem),
         set_(set),
         tile_keys_(set.backward_tile_keys),
-        num_chunks_(num_chunks(problem, tile_keys_)),
+        num_chunks_(num_chunks(problem, set)),
         whole_heads_(problem, set, num_chunks_, true),
         phases_(problem, set, num_chunks_, false) {}
 

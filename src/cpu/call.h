@@ -102,10 +102,20 @@ struct PartialResults {
   float* running_sum;  // [slots][panel]
 };
 
+// Keys and values in tiles, packed once for all tasks that read them.
+struct PackedTiles {
+  float* tiles = nullptr;  // null: each task packs its own
+  int64_t per_head = 0;    // room for tiles of one (batch, key head)
+  int64_t floats = 0;      // of one tile
+
+  float* at(int64_t head, int64_t tile) const { return tiles + (head * per_head + tile) * floats; }
+};
+
 struct ForwardCall : AttentionCall {
   int64_t num_splits;  // of the keys; 1: each task finishes its panels
   PartialResults partials;
   core::TensorView q;  // args.q, or its rotated copy
+  PackedTiles packed{};
 };
 
 // Where the scratch of one worker lies, in floats. Sized for the whole task.
@@ -134,6 +144,8 @@ struct ForwardKernels {
   ForwardKernel attend;        // one split of the keys, or all
   ForwardKernel combine;       // the splits; not called where there is one
   ForwardKernel update_cache;  // before all else, where there is something to append
+  // Tiles from first_panel on into ForwardCall::packed; null where tasks pack their own.
+  ForwardKernel pack_tiles = nullptr;
 };
 
 // What the phases of a backward leave of consecutive panels.
@@ -220,6 +232,7 @@ struct InstructionSet {
   const PairKernels* pairs = nullptr;  // where set, the kernels take bfloat16 alone
   CeilingLoops ceilings{};             // none: those of a set behind it in the list hold for it too
   int64_t backward_tile_keys = kLongTileKeys;
+  int64_t backward_tasks = 32;  // that a call should have, whatever the threads
 };
 
 // Those that the kernels were compiled for, best first.

@@ -228,7 +228,7 @@ class ForwardTaskRun {
   }
 
   // exp(s - max s), negative where dropped: a second pass, once the maxima are known. For tests.
-  HWY_INLINE void write_s_dmask(semantics::Range keys) const {
+  HWY_INLINE void write_s_dmask(semantics::Range keys) {
     run_.for_each_tile(keys, [&](const KeyTile& key_tile) HWY_ATTR {
       products_.load_keys(key_tile);
       for (int64_t p = 0; p < task_.num_panels; ++p) {
@@ -274,7 +274,7 @@ class ForwardTaskRun {
   const ForwardTask& task_;
   const int64_t v_row_;
   const ForwardScratch layout_;
-  const Products products_;
+  Products products_;
   float* const scores_;  // [tile_keys][kPanel]
   float* const rows_;    // O of one panel, where the products keep O^T: [kPanel][v_row]
   ForwardPanel panels_[kMaxPanels];

@@ -23,7 +23,7 @@ template <>
 ForwardKernels pair_forward_kernels<HWY_TARGET>() {
 #if HWY_TARGET == HWY_AVX3
   using namespace HWY_NAMESPACE;
-  return {forward_attend<PairProducts>, forward_combine, update_cache};
+  return {forward_attend<PairProducts>, forward_combine, update_cache, pack_tiles};
 #else
   return {};
 #endif

@@ -19,6 +19,9 @@ constexpr int64_t kWantedTasks = 32;
 constexpr int64_t kWantedTasksOfSplits = 32;
 // With few queries, about as many key heads share a task; how many, their strides decide.
 constexpr int64_t kHeadsPerSplitTask = 8;
+// Tasks that share packed tiles need not be large. More than so many bytes are not packed.
+constexpr int64_t kPanelsOnPackedTiles = 4;
+constexpr int64_t kMaxPackedBytes = int64_t{128} << 20;
 // Below this many keys a split costs more than another thread brings.
 constexpr int64_t kMinKeysPerSplit = 512;
 
@@ -29,6 +32,7 @@ struct Cut {
   bool few;                 // in all sequences, they are few
   int64_t panels_per_task;  // as many as keep their state within a core's L2 cache
   int64_t num_splits;
+  PackedTiles packed;  // without its memory; none where a key head has one task
 
   Cut(const AttentionProblem& problem, const InstructionSet& set, bool packs, bool few,
       int64_t seqlen_k)
@@ -45,6 +49,20 @@ struct Cut {
     num_splits = std::clamp<int64_t>(seqlen_k / kMinKeysPerSplit, 1, wanted);
     if (problem.num_splits > 0) num_splits = problem.num_splits;
     if (problem.wants_s_dmask) num_splits = 1;  // its values need the maximum over all keys
+    const int64_t heads = problem.batch * problem.num_heads_kv;
+    if (set.forward.pack_tiles == nullptr || few || num_splits > 1 ||
+        panels <= heads * panels_per_task) {
+      return;
+    }
+    const PackedTiles tiles{
+        nullptr, (problem.seqlen_k + set.tile_keys - 1) / set.tile_keys,
+        set.tile_keys *
+            (round_up(problem.head_dim, kPairDepth) + round_up(problem.head_dim_v, kPairRows)) / 2};
+    const int64_t bytes =
+        heads * tiles.per_head * tiles.floats * static_cast<int64_t>(sizeof(float));
+    if (bytes > kMaxPackedBytes) return;
+    packed = tiles;
+    panels_per_task = std::min(panels_per_task, kPanelsOnPackedTiles);
   }
 };
 
@@ -76,13 +94,15 @@ Cut actual_cut(const AttentionArgs& args, const AttentionProblem& problem,
 // What the tasks of a call share: PartialResults and rotated queries, in floats from the start of
 // the workspace.
 struct SharedLayout {
-  int64_t o = 0, running_max = 0, running_sum = 0, q = 0, total = 0;
+  int64_t o = 0, running_max = 0, running_sum = 0, q = 0, tiles = 0, total = 0;
 
   SharedLayout(const AttentionProblem& problem, int64_t panel, const Cut& cut) {
     Booking book;
     if (problem.rotary_dim > 0) {  // 16-bit queries take half of it
       q = book.take(problem.total_q * problem.num_heads * problem.head_dim);
     }
+    tiles =
+        book.take(problem.batch * problem.num_heads_kv * cut.packed.per_head * cut.packed.floats);
     total = book.total();
     if (cut.num_splits == 1) return;
     const int64_t lanes = max_panels(problem, panel, cut.packs_group) * cut.num_splits * panel;
@@ -148,11 +168,12 @@ class ForwardPlan final : public core::Plan {
     float* shared = static_cast<float*>(workspace);
     const Cut cut = actual_cut(args, problem_, set_);
     const SharedLayout layout(problem_, set_.panel, cut);
-    const ForwardCall call{
-        make_call(args, problem_, set_, set_.tile_keys, true),
-        cut.num_splits,
-        {shared + layout.o, shared + layout.running_max, shared + layout.running_sum},
-        problem_.rotary_dim > 0 ? rotated_queries(args.q, shared + layout.q) : args.q};
+    ForwardCall call{make_call(args, problem_, set_, set_.tile_keys, true),
+                     cut.num_splits,
+                     {shared + layout.o, shared + layout.running_max, shared + layout.running_sum},
+                     problem_.rotary_dim > 0 ? rotated_queries(args.q, shared + layout.q) : args.q,
+                     cut.packed};
+    if (cut.packed.per_head > 0) call.packed.tiles = shared + layout.tiles;
     fill_rows_past_the_end(args, problem_);
     if (problem_.wants_s_dmask) clear_s_dmask(args.s_dmask);
 
@@ -168,6 +189,7 @@ class ForwardPlan final : public core::Plan {
                     });
     };
     if (problem_.appends) run_all(update_tasks(), set_.forward.update_cache);
+    if (cut.packed.per_head > 0) run_all(pack_tasks(call), set_.forward.pack_tiles);
     run_all(attend_tasks(call, cut), set_.forward.attend);
     if (cut.num_splits > 1) run_all(combine_tasks(call, cut), set_.forward.combine);
     return {};
@@ -197,6 +219,23 @@ class ForwardPlan final : public core::Plan {
       for (int64_t first = 0; first < tokens; first += kTokensPerTask) {
         const int64_t count = std::min(kTokensPerTask, tokens - first);
         tasks.push_back({b, 0, first, count, 0, static_cast<double>(count * problem_.num_heads)});
+      }
+    }
+    return tasks;
+  }
+
+  // One for each tile of keys.
+  std::vector<ForwardTask> pack_tasks(const ForwardCall& call) const {
+    // Packing an element costs about as much as this many operations.
+    constexpr double kFlopsPerElement = 30;
+    std::vector<ForwardTask> tasks;
+    for (int32_t b = 0; b < problem_.batch; ++b) {
+      const int64_t keys = core::sequence(call.args, problem_, b).seqlen_k;
+      for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
+        for (int64_t tile = 0; tile * set_.tile_keys < keys; ++tile) {
+          tasks.push_back(
+              {b, h, tile, 1, 0, kFlopsPerElement * static_cast<double>(set_.tile_keys)});
+        }
       }
     }
     return tasks;

@@ -33,6 +33,7 @@ void add_pairs(const char* name, bool (*supported)(), const PairKernels* pairs,
   list.push_back({name, supported, pair_forward_kernels<HWY_AVX3>(),
                   pair_backward_kernels<HWY_AVX3>(), panel_size<HWY_AVX3>(), kPairTileKeys,
                   kPanelBytes, pairs});
+  list.back().backward_tasks = 64;
 }
 #endif
 

@@ -94,7 +94,7 @@ class PairGradientProducts {
 
   // Panels come in the order of their numbers. P and dS of the whole tile are there.
   HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, bool first) {
-    start_panel(panel);
+    start_panel(panel, tile);
     gather(panel, tile, gathered_at(gathered_p_, panel.number));
     gather(panel, tile.in(ds_), gathered_at(gathered_ds_, panel.number));
     const ScoreTile ds = tile.in(ds_);
@@ -111,7 +111,7 @@ class PairGradientProducts {
   // The same from the scores on, chunk by chunk: P and dS are rounded before they leave L1, while
   // the products of the next chunk are under way.
   HWY_INLINE void differentiate(const BackwardPanel& panel, const ScoreTile& tile, bool first) {
-    start_panel(panel);
+    start_panel(panel, tile);
     const int64_t begin = tile.begin / kChunkKeys * kChunkKeys;
     const int64_t end = round_up(tile.end, kChunkKeys);
     uint16_t* const p_to = gathered_at(gathered_p_, panel.number);
@@ -177,7 +177,7 @@ class PairGradientProducts {
   }
 
   // Makes room for a panel's P and dS.
-  HWY_INLINE void start_panel(const BackwardPanel& panel) {
+  HWY_INLINE void start_panel(const BackwardPanel& panel, const ScoreTile& tile) {
     if (gathered_.empty() || panel.number >= gathered_.begin + kGatheredPanels) {
       flush();
       gathered_ = {panel.number, panel.number};
@@ -186,8 +186,11 @@ class PairGradientProducts {
     for (int64_t p = gathered_.end; p < panel.number; ++p) {
       clear(gathered_at(gathered_p_, p), 0, num_rows_);
       clear(gathered_at(gathered_ds_, p), 0, num_rows_);
+      seen_[p - gathered_.begin] = {0, 0};
     }
     gathered_.end = panel.number + 1;
+    seen_[panel.number - gathered_.begin] = {tile.begin / kChunkKeys * kChunkKeys,
+                                             round_up(tile.end, kChunkKeys)};
   }
 
   static uint16_t* halves(float* at) { return reinterpret_cast<uint16_t*>(at); }
@@ -224,27 +227,63 @@ class PairGradientProducts {
     clear(to, from.end, num_rows_);
   }
 
-  // dV += P^T dO, dK += dS^T Q, for the panels that were gathered.
+  // dV += P^T dO, dK += dS^T Q, for the panels that were gathered: rows that the same panels see
+  // together.
   HWY_INLINE void flush() {
     if (gathered_.empty()) return;
+    int64_t first = 0;
+    while (first < num_rows_) {
+      const semantics::Range panels = panels_that_see(first);
+      int64_t end = first;
+      semantics::Range others = panels;
+      while (end < num_rows_ && others.begin == panels.begin && others.end == panels.end) {
+        end = std::min(end + kChunkKeys, num_rows_);
+        others = panels_that_see(end);
+      }
+      add_rows(first, end, panels);
+      first = end;
+    }
+    started_ = true;
+    gathered_ = {0, 0};
+  }
+
+  // From the first to the last of the gathered panels that see a row.
+  HWY_INLINE semantics::Range panels_that_see(int64_t row) const {
+    semantics::Range panels{0, 0};
+    for (int64_t p = 0; p < gathered_.end - gathered_.begin; ++p) {
+      if (row < seen_[p].begin || row >= seen_[p].end) continue;
+      if (panels.empty()) panels.begin = p;
+      panels.end = p + 1;
+    }
+    return panels;
+  }
+
+  HWY_INLINE void add_rows(int64_t first, int64_t end, semantics::Range panels) const {
     const auto add = [&](const uint16_t* left, const uint32_t* right, int64_t row,
                          float* sums) HWY_ATTR {
-      call_.pairs->multiply({.a = left,
+      const int64_t c_column_step = call_.tile_keys * kPairColumns;
+      float* c = sums + first * kPairColumns;
+      if (panels.empty()) {
+        for (int64_t d = 0; d < row && !started_; d += kPairColumns) {
+          std::fill_n(c + d / kPairColumns * c_column_step, (end - first) * kPairColumns, 0.0f);
+        }
+        return;
+      }
+      call_.pairs->multiply({.a = left + first / kPairRows * kGatheredStep,
                              .a_row_step = kGatheredStep,
                              .b = right,
                              .b_depth_step = kPairDepth / 2 * row,
                              .b_column_step = kBlockB,
-                             .c = sums,
-                             .c_column_step = call_.tile_keys * kPairColumns,
-                             .rows = num_rows_,
+                             .c = c,
+                             .c_column_step = c_column_step,
+                             .rows = end - first,
                              .columns = row,
-                             .depth = (gathered_.end - gathered_.begin) * kPanel,
+                             .depth = (panels.end - panels.begin) * kPanel,
                              .accumulate = started_});
     };
-    add(gathered_p_, dout_pairs(gathered_.begin), v_row_, dv_);
-    add(gathered_ds_, q_pairs(gathered_.begin), k_row_, dk_);
-    started_ = true;
-    gathered_ = {0, 0};
+    const int64_t number = gathered_.begin + panels.begin;
+    add(gathered_at(gathered_p_, number), dout_pairs(number), v_row_, dv_);
+    add(gathered_at(gathered_ds_, number), q_pairs(number), k_row_, dk_);
   }
 
   // Rounds the tile's rows, times factor, to dk or dv.
@@ -279,10 +318,11 @@ class PairGradientProducts {
   float* const ds_;
   uint16_t* const gathered_p_;  // [tile_keys][kGatheredPanels * kPanel]
   uint16_t* const gathered_ds_;
-  float* const rows_;                // [kPanel][k_row], or one row of v
-  int64_t num_rows_ = 0;             // of the tile, filled up
-  semantics::Range gathered_{0, 0};  // numbers of the panels
-  bool started_ = false;             // dk and dv hold something
+  float* const rows_;                            // [kPanel][k_row], or one row of v
+  int64_t num_rows_ = 0;                         // of the tile, filled up
+  semantics::Range gathered_{0, 0};              // numbers of the panels
+  semantics::Range seen_[kGatheredPanels] = {};  // their rows, in whole chunks
+  bool started_ = false;                         // dk and dv hold something
 };
 
 }  // namespace HWY_NAMESPACE

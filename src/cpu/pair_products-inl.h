@@ -129,8 +129,10 @@ class PairProducts {
         scales_late_(run.may_scale_late() && !call.problem.dropout),
         scale_(scales_late_ ? call.scale_log2 : 1.0f),
         most_lag_(call.problem.wants_s_dmask ? 0.0f : kMostLag),  // which wants the maximum itself
-        k_(reinterpret_cast<uint16_t*>(scratch + layout.k)),
-        v_(reinterpret_cast<uint16_t*>(scratch + layout.v)) {
+        own_k_(reinterpret_cast<uint16_t*>(scratch + layout.k)),
+        own_v_(reinterpret_cast<uint16_t*>(scratch + layout.v)),
+        k_(own_k_),
+        v_(own_v_) {
     call_.pairs->begin();
   }
   ~PairProducts() { call_.pairs->end(); }
@@ -147,19 +149,44 @@ class PairProducts {
                                    reinterpret_cast<uint32_t*>(panel.q), depth_ / 2 * kPairColumns);
   }
 
-  HWY_INLINE void load_keys(const KeyTile& tile) const {
+  HWY_INLINE void load_keys(const KeyTile& tile) {
+    if (call_.packed.tiles != nullptr) {
+      k_ = packed_keys(call_, run_, tile);
+    } else {
+      pack_keys(call_, run_, tile, own_k_);
+    }
+  }
+
+  HWY_INLINE void load_values(const KeyTile& tile) {
+    if (call_.packed.tiles != nullptr) {
+      v_ = packed_keys(call_, run_, tile) + call_.tile_keys * depth_;
+    } else {
+      pack_values(call_, run_, tile, own_v_);
+    }
+  }
+
+  // Where ForwardCall::packed has a tile: K, and V^T behind it.
+  HWY_INLINE static uint16_t* packed_keys(const ForwardCall& call, const SequenceRun& run,
+                                          const KeyTile& tile) {
+    return reinterpret_cast<uint16_t*>(
+        call.packed.at(run.number(), tile.first_key / call.tile_keys));
+  }
+
+  HWY_INLINE static void pack_keys(const ForwardCall& call, const SequenceRun& run,
+                                   const KeyTile& tile, uint16_t* to) {
     const uint16_t* rows[kPairTileKeys];
-    run_.find_rows(call_.args.k, tile, rows);
-    call_.pairs->pack_a({rows, tile.keys.end - tile.first_key, call_.problem.head_dim}, k_,
-                        kPairRows * depth_);
+    run.find_rows(call.args.k, tile, rows);
+    call.pairs->pack_a({rows, tile.keys.end - tile.first_key, call.problem.head_dim}, to,
+                       kPairRows * round_up(call.problem.head_dim, kPairDepth));
   }
 
   // V^T; zeros where the tile has no key, since a zero P meets them.
-  HWY_INLINE void load_values(const KeyTile& tile) const {
+  HWY_INLINE static void pack_values(const ForwardCall& call, const SequenceRun& run,
+                                     const KeyTile& tile, uint16_t* to) {
     const uint16_t* rows[kPairTileKeys];
-    run_.find_rows(call_.args.v, tile, rows);
-    call_.pairs->pack_a_transposed({rows, tile.keys.end - tile.first_key, call_.problem.head_dim_v},
-                                   v_, kPairRows * call_.tile_keys);
+    run.find_rows(call.args.v, tile, rows);
+    call.pairs->pack_a_transposed({rows, tile.keys.end - tile.first_key, call.problem.head_dim_v},
+                                  to, kPairRows * call.tile_keys);
   }
 
   HWY_INLINE void scores(const ForwardPanel& panel, const ScoreTile& tile) const {
@@ -263,9 +290,26 @@ class PairProducts {
   const bool scales_late_;  // the exponential applies the scale
   const float scale_;       // by which
   const float most_lag_;
-  uint16_t* const k_;
-  uint16_t* const v_;
+  uint16_t* const own_k_;
+  uint16_t* const own_v_;
+  // The tile in work.
+  const uint16_t* k_;
+  const uint16_t* v_;
 };
+
+// The keys and values of a run of tiles, for all tasks that read them.
+inline void pack_tiles(const ForwardCall& call, const ForwardTask& task, float*) {
+  const SequenceRun run(call, task.batch, task.head_kv);
+  const int64_t end = (task.first_panel + task.num_panels) * call.tile_keys;
+  const semantics::Range keys{task.first_panel * call.tile_keys,
+                              std::min<int64_t>(end, run.sequence().seqlen_k)};
+  run.for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
+    uint16_t* to = PairProducts::packed_keys(call, run, tile);
+    PairProducts::pack_keys(call, run, tile, to);
+    PairProducts::pack_values(call, run, tile,
+                              to + call.tile_keys * round_up(call.problem.head_dim, kPairDepth));
+  });
+}
 
 }  // namespace HWY_NAMESPACE
 }  // namespace fa::cpu

@@ -97,6 +97,15 @@ inline __m512i load_row(const PairRows& from, int64_t row, int64_t at) {
   return _mm512_maskz_loadu_epi16(mask, from.rows[row] + at);
 }
 
+// Asks for the cache line of element `at` of a row: rows of a head lie far apart, which processors
+// do not foresee.
+inline void prefetch(const PairRows& from, int64_t row, int64_t at) {
+  if (row < from.count && from.rows[row] != nullptr) {
+    _mm_prefetch(reinterpret_cast<const char*>(from.rows[row] + at), _MM_HINT_T0);
+  }
+}
+constexpr int64_t kRowsAhead = 8;
+
 // Rows of words to columns of words.
 inline void transpose_words(__m512i (&m)[16]) {
   __m512i t[16];
@@ -133,7 +142,10 @@ void pack_b_transposed(const PairRows& from, uint32_t* to, int64_t column_step) 
     for (int64_t at = 0; at < from.n; at += kPairDepth) {
       __m512i m[16];
 #pragma GCC unroll 16
-      for (int64_t r = 0; r < kLanes; ++r) m[r] = load_row(from, i + r, at);
+      for (int64_t r = 0; r < kLanes; ++r) {
+        m[r] = load_row(from, i + r, at);
+        prefetch(from, i + kLanes + r, at);
+      }
       transpose_words(m);
       uint32_t* block = to + i / kPairColumns * column_step + at / kPairDepth * kBlockB;
 #pragma GCC unroll 16
@@ -147,6 +159,7 @@ void pack_a(const PairRows& from, uint16_t* to, int64_t row_step) {
   for (int64_t row = 0; row < count; ++row) {
     uint16_t* first = to + row / kPairRows * row_step + row % kPairRows * kPairDepth;
     for (int64_t at = 0; at < from.n; at += kPairDepth) {
+      prefetch(from, row + kRowsAhead, at);
       _mm512_storeu_si512(first + at / kPairDepth * kBlockA, load_row(from, row, at));
     }
   }
@@ -168,7 +181,11 @@ void pack_a_transposed(const PairRows& from, uint16_t* to, int64_t row_step) {
     for (int64_t at = 0; at < from.n; at += kLanes) {
       __m512i m[16];
 #pragma GCC unroll 16
-      for (int64_t r = 0; r < kLanes; ++r) m[r] = load_pairs(from, i + 2 * r, at);
+      for (int64_t r = 0; r < kLanes; ++r) {
+        m[r] = load_pairs(from, i + 2 * r, at);
+        // Two blocks to a cache line: each asks for half of the rows.
+        prefetch(from, i + kPairDepth + at % kPairDepth + r, at);
+      }
       transpose_words(m);
       uint16_t* block = to + at / kPairRows * row_step + i / kPairDepth * kBlockA;
 #pragma GCC unroll 16
@@ -182,6 +199,7 @@ void pack_b(const PairRows& from, uint32_t* to, int64_t depth_step, int64_t colu
   for (int64_t row = 0; row < count; row += 2) {
     uint32_t* first = to + row / kPairDepth * depth_step + row % kPairDepth / 2 * kLanes;
     for (int64_t at = 0; at < from.n; at += kLanes) {
+      prefetch(from, row + kRowsAhead + at / kLanes % 2, at);
       _mm512_storeu_si512(first + at / kPairColumns * column_step, load_pairs(from, row, at));
     }
   }

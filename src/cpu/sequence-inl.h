@@ -32,6 +32,8 @@ class SequenceRun {
         head_kv_(head_kv) {}
 
   const core::Sequence& sequence() const { return sequence_; }
+  // Of the (batch, key head), among all.
+  int64_t number() const { return batch_ * problem_.num_heads_kv + head_kv_; }
 
   HWY_INLINE semantics::Range visible_keys(int64_t query) const {
     return semantics::visible_keys(query, sequence_.seqlen_q, sequence_.seqlen_k, problem_.band);
