@@ -28,7 +28,6 @@ def combine_kernel(
     num_heads,
     batch_size,
     num_splits,
-    SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -43,32 +42,34 @@ def combine_kernel(
         batch = token * 0
         if token >= tl.load(CU_Q + batch_size):
             return
-    split = tl.arange(0, SPLITS)
-    of_lse = PARTIAL_LSE + head * num_tokens + token
-    lse = tl.load(of_lse + split * stride_lse_split, mask=split < num_splits, other=float("-inf"))
-    greatest = tl.max(lse, 0)
-    if SINK is not None:
-        sink = tl.load(SINK + head).to(tl.float32) * LOG2E
-        greatest = tl.maximum(greatest, sink)
-    shift = tl.where(greatest == float("-inf"), 0.0, greatest)
-    total = tl.sum(tl.exp2(lse - shift), 0)
-    if SINK is not None:
-        total += tl.exp2(sink - shift)
-    empty = total == 0.0
     d = tl.arange(0, BLOCK_DV)
+    of_lse = PARTIAL_LSE + head * num_tokens + token
     rows = PARTIAL + (token * num_heads + head) * DV
     acc = tl.zeros((BLOCK_DV,), tl.float32)
-    # Loads of several splits are under way at once: one after the other, each waits for memory.
+    greatest = float("-inf")
+    total = 0.0
+    if SINK is not None:
+        greatest = tl.load(SINK + head).to(tl.float32) * LOG2E
+        total = tl.where(greatest == float("-inf"), 0.0, 1.0)
+    # Loads of several splits, and of their lse, are under way at once: one after the other, each
+    # waits for memory.
     for first in tl.range(0, num_splits, AT_ONCE):
-        some = first + tl.arange(0, AT_ONCE)
-        real = some < num_splits
+        split = first + tl.arange(0, AT_ONCE)
+        real = split < num_splits
+        lse = tl.load(of_lse + split * stride_lse_split, mask=real, other=float("-inf"))
         part = tl.load(
-            rows + some[:, None] * stride_partial_split + d[None, :],
+            rows + split[:, None] * stride_partial_split + d[None, :],
             mask=real[:, None] & (d < DV)[None, :],
             other=0.0,
         )
-        lse_of_some = tl.load(of_lse + some * stride_lse_split, mask=real, other=float("-inf"))
-        acc += tl.sum(part * tl.exp2(lse_of_some - shift)[:, None], 0)
+        higher = tl.maximum(greatest, tl.max(lse, 0))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(greatest - shift)
+        weights = tl.exp2(lse - shift)
+        total = total * shrink + tl.sum(weights, 0)
+        acc = acc * shrink + tl.sum(part * weights[:, None], 0)
+        greatest = higher
+    empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)
     within = token - batch * seqlen_q
     if CU_Q is not None:
@@ -76,6 +77,6 @@ def combine_kernel(
     out = OUT + batch * stride_out_batch + within * stride_out + head * stride_out_head
     tl.store(out + d, acc.to(OUT.dtype.element_ty), mask=d < DV)
     if LSE is not None:
-        log_sum = shift + tl.log2(tl.where(empty, 1.0, total))
+        log_sum = greatest + tl.log2(tl.where(empty, 1.0, total))
         log_sum = tl.where(empty, float("inf"), log_sum * LN2)
         tl.store(LSE + batch * stride_lse_batch + head * stride_lse_head + within, log_sum)

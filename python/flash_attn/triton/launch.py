@@ -41,7 +41,7 @@ from .tiles import Tile
 # Up to so many queries a tile holds all heads that share a head of k and v.
 _MAX_GROUPED_QUERIES = 16
 _MAX_SPLITS = 128
-_ENOUGH_OF_THE_BUSIEST = 0.85
+_ENOUGH_OF_THE_FASTEST = 0.9
 _COMBINED_AT_ONCE = 32
 _DELTA_ROWS = 64
 _SMALLEST_SCALE = 2.0**-126
@@ -239,19 +239,19 @@ def _bytes(bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _num_splits(call: Call, cache: Cache | None, programs: int, block_n: int) -> int:
-    """As the call asks; else the fewest that keep the device's processors nearly as busy as any
-    number of splits could."""
+    """As the call asks; else the fewest that end nearly as early as any number of splits could,
+    counted in the blocks of keys that a processor goes through one after the other."""
     if cache is not None and cache.num_splits > 0:
         return cache.num_splits
     processors = tiles.num_processors(call.q.device)
-    most = max(1, min(_blocks(call.longest_k, 2 * block_n), _MAX_SPLITS))
+    blocks = _blocks(call.longest_k, block_n)
+    most = max(1, min(_blocks(blocks, 2), _MAX_SPLITS))
 
-    def busy(splits: int) -> float:
-        rounds = programs * splits / processors
-        return rounds / max(1, -(-programs * splits // processors))
+    def steps(splits: int) -> int:
+        return _blocks(programs * splits, processors) * _blocks(blocks, splits)
 
-    enough = _ENOUGH_OF_THE_BUSIEST * max(map(busy, range(1, most + 1)))
-    return next(splits for splits in range(1, most + 1) if busy(splits) >= enough)
+    enough = min(map(steps, range(1, most + 1))) / _ENOUGH_OF_THE_FASTEST
+    return next(splits for splits in range(1, most + 1) if steps(splits) <= enough)
 
 
 def _num_tokens(call: Call) -> int:
@@ -292,7 +292,6 @@ def _combine_launch(call: Call, splits: int) -> _Launch:
         "num_heads": heads,
         "batch_size": call.batch,
         "num_splits": splits,
-        "SPLITS": triton.next_power_of_2(splits),
         "AT_ONCE": min(_COMBINED_AT_ONCE, triton.next_power_of_2(splits)),
         "DV": dv,
         "BLOCK_DV": padded(dv),
