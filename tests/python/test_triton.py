@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is in requirements-dev.txt")
 
+import test_backward
 from support import assert_close, out_bound, tensors
 from triton_targets import TARGETS, call, launches_compile
 
@@ -71,7 +72,7 @@ def test_every_kernel_compiles(name):
         "forward_kernel",
         "combine_kernel",
         "place_kernel",
-        "delta_kernel",
+        "terms_kernel",
         "key_gradient_kernel",
         "query_gradient_kernel",
         "bias_gradient_kernel",
@@ -86,6 +87,22 @@ def test_every_option_compiles(name):
     assert all(kernel.binary for kernel in compiled)
 
 
+def on_device(x: torch.Tensor) -> torch.Tensor:
+    """x on the GPU, between NaN, which must not be read."""
+    space = torch.full((3, *x.shape), float("nan"), dtype=x.dtype, device="cuda")
+    space[1] = x
+    return space[1]
+
+
+@pytest.fixture
+def all_are_described(monkeypatch):
+    """Tensor descriptors for large problems, which the suites have none of, serve all."""
+    monkeypatch.setattr(launch, "_DESCRIBED_FROM", 0)
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(tiles, "_chosen", {})
+    monkeypatch.setenv("FLASH_ATTENTION_BACKEND", "triton")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
@@ -94,23 +111,28 @@ def test_every_option_compiles(name):
     ids=["plain", "causal", "window", "options"],
 )
 @pytest.mark.skipif(not ON_HOPPER, reason="tensor descriptors are used on Hopper")
-def test_problems_of_any_size_may_be_described(options, head_dim, dtype, monkeypatch):
-    # Large ones are, which the suites have none of.
-    monkeypatch.setattr(launch, "_DESCRIBED_FROM", 0)
-    monkeypatch.setattr(launch, "_plans", {})
-    monkeypatch.setattr(tiles, "_chosen", {})
-    monkeypatch.setenv("FLASH_ATTENTION_BACKEND", "triton")
+def test_problems_of_any_size_may_be_described(options, head_dim, dtype, all_are_described):
     q, k, v = tensors(2, 150, 210, head_dim=head_dim, dtype=dtype)
-    on_device = []
-    for x in (q, k, v):  # between NaN, which must not be read
-        space = torch.full((3, *x.shape), float("nan"), dtype=dtype, device="cuda")
-        space[1] = x
-        on_device.append(space[1])
     there = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
-    out, lse, _ = flash_attn_func(*on_device, return_attn_probs=True, **there)
+    out, lse, _ = flash_attn_func(*map(on_device, (q, k, v)), return_attn_probs=True, **there)
     assert any(choice.kind == tiles.DESCRIBED for choice in tiles._chosen)
     bound = out_bound(q, 210, options)
     assert_close(out.cpu(), lse.cpu(), dlpack.oracle(q, k, v, **options), bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("case", test_backward.CASES)
+@pytest.mark.skipif(not ON_HOPPER, reason="tensor descriptors are used on Hopper")
+def test_gradients_of_any_size_may_be_described(case, head_dim, dtype, all_are_described):
+    def function(q, k, v, **options):
+        there = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+        return flash_attn_func(*map(on_device, (q, k, v)), **there).cpu()
+
+    inputs = dict(zip("qkv", tensors(2, 150, 210, head_dim=head_dim, dtype=dtype)))
+    with torch.enable_grad():
+        test_backward.check(function, inputs, **test_backward.CASES[case])
+    assert any(choice.kind == tiles.DESCRIBED_KEY_GRADIENT for choice in tiles._chosen)
 
 
 def test_the_suites_hold_in_the_interpreter():

@@ -1,4 +1,4 @@
-"""What the kernels of the backward share: delta, and dS of a tile.
+"""What the kernels of the backward share: terms of the rows, P and dS of a tile.
 
 dK and dV come by blocks of keys, dQ by blocks of queries, the gradient of attn_bias by tiles of its
 own; nothing is added up by atomics, so results are bitwise equal from run to run.
@@ -8,6 +8,9 @@ delta_i = sum_d dout_id out_id,
 
     dP = M * (dout V^T)    dS = P * (dP - delta)
     dQ = scale dS K        dK = scale dS^T Q        dV = (P M)^T dout
+
+The terms of a row are its lse, in log2, and its delta: TERMS [B, H, 2, rows], varlen [H, 2, rows].
+Dense rows go on beyond the last query, with lse = inf and delta = 0, so that P is 0 there.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ from .vocabulary import (
 
 
 @triton.jit
-def delta_kernel(
+def terms_kernel(
     OUT,
     DOUT,
-    DELTA,
+    LSE,
+    TERMS,
     CU_Q,
     stride_out_batch,
     stride_out,
@@ -40,6 +44,9 @@ def delta_kernel(
     stride_dout_head,
     stride_lse_batch,
     stride_lse_head,
+    stride_terms_batch,
+    stride_terms_head,
+    stride_term,
     seqlen_q,
     num_heads,
     num_blocks,
@@ -47,13 +54,13 @@ def delta_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """delta_i = sum_d dout_id out_id, laid out as lse. Program: (batch, head, block of queries)."""
+    """lse_i, in log2, and delta_i = sum_d dout_id out_id. Program: (batch, head, block of rows)."""
     program = tl.program_id(0)
     block = program % num_blocks
     head = program // num_blocks % num_heads
     batch = program // num_blocks // num_heads
     begin, length = sequence_of_queries(batch, CU_Q, seqlen_q)
-    if block * BLOCK_M >= length:
+    if CU_Q is not None and block * BLOCK_M >= length:
         return
     OUT = row_of(OUT, batch, begin, head, stride_out_batch, stride_out, stride_out_head)
     DOUT = row_of(DOUT, batch, begin, head, stride_dout_batch, stride_dout, stride_dout_head)
@@ -61,24 +68,38 @@ def delta_kernel(
     dout = load_rows(DOUT, block * BLOCK_M, length, stride_dout, BLOCK_M, DV, BLOCK_DV, True)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    DELTA = row_of(DELTA, batch, begin, head, stride_lse_batch, 1, stride_lse_head)
-    tl.store(DELTA + i, delta, mask=i < length)
+    LSE = row_of(LSE, batch, begin, head, stride_lse_batch, 1, stride_lse_head)
+    lse = tl.load(LSE + i, mask=i < length, other=float("inf")) * LOG2E
+    TERMS = row_of(TERMS, batch, begin, head, stride_terms_batch, 1, stride_terms_head)
+    written = i < length if CU_Q is not None else i < stride_term
+    tl.store(TERMS + i, lse, mask=written)
+    tl.store(TERMS + stride_term + i, delta, mask=written)
 
 
 @triton.jit
-def row_terms(LSE, DELTA, i, len_q):
-    """lse, in log2, and delta of queries i; of those past the last, +inf and 0, so that P is 0."""
-    lse = tl.load(LSE + i, mask=i < len_q, other=float("inf")) * LOG2E
-    return lse, tl.load(DELTA + i, mask=i < len_q, other=0.0)
-
-
-@triton.jit
-def gradient_tile(
-    qk, dp, i, j, lse, delta, kept, scores, keep_scale,
-    MASKED: tl.constexpr, OPTIONS: tl.constexpr,
+def load_term(
+    terms, term: tl.constexpr, start, len_q,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """(P M, dS, dS times softcap's slope) of a tile in either orientation, from qk = Q K^T
-    and dp = dout V^T. lse, in log2, is +inf where there is no query."""
+    """Term 0, lse in log2, or 1, delta, of queries start to start + ROWS. `terms` is (address,
+    stride of terms), DESCRIBED (descriptor of boxes [1, 1, 1, ROWS], entry, head); PADDED: they go
+    on beyond the last query."""
+    if DESCRIBED:
+        x = terms[0].load([terms[1], terms[2], term, start]).reshape(ROWS)
+    else:
+        i = start + tl.arange(0, ROWS)
+        if PADDED:
+            x = tl.load(terms[0] + term * terms[1] + i)
+        else:
+            beyond = 0.0 if term == 1 else float("inf")
+            x = tl.load(terms[0] + term * terms[1] + i, mask=i < len_q, other=beyond)
+    return x
+
+
+@triton.jit
+def probabilities(qk, i, j, lse, scores, masked, OPTIONS: tl.constexpr):
+    """(P, softcap's slope) of a tile in either orientation, from qk = Q K^T; lse is in log2. Only
+    what is `masked` is asked whether it is visible."""
     _, _, _, _, _, _, scale, softcap, _, _ = scores
     slope_of_cap = 1.0
     if OPTIONS.softcap:
@@ -88,16 +109,16 @@ def gradient_tile(
     else:
         s = qk * (scale * LOG2E)
     s = add_bias(s, i, j, scores, OPTIONS)
-    if MASKED:
+    if masked:
         s = tl.where(is_visible(i, j, scores, OPTIONS), s, float("-inf"))
-    p = tl.exp2(s - lse)
-    weights = p
-    if OPTIONS.dropout:
-        factor = tl.where(kept, keep_scale, 0.0)
-        weights = p * factor
-        dp = dp * factor
+    return tl.exp2(s - lse), slope_of_cap
+
+
+@triton.jit
+def gradient_of_scores(p, dp, delta, masked, OPTIONS: tl.constexpr):
+    """dS, from P and dP = M * (dout V^T)."""
     ds = p * (dp - delta)
-    if MASKED or OPTIONS.bias:
-        # What is hidden may be infinite, and 0 times that is no 0.
-        ds = tl.where(s == float("-inf"), 0.0, ds)
-    return weights, ds, ds * slope_of_cap
+    # What is hidden may be infinite in dP, and 0 times that is no 0.
+    if OPTIONS.bias or masked:
+        ds = tl.where(p == 0.0, 0.0, ds)
+    return ds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import gradient_tile, row_terms
+from .backward import gradient_of_scores, load_term, probabilities
 from .vocabulary import (
     VARIABLE,
     keep_mask,
@@ -24,8 +24,7 @@ def bias_gradient_kernel(
     K,
     V,
     DOUT,
-    LSE,
-    DELTA,
+    TERMS,
     D_BIAS,
     CU_Q,
     CU_K,
@@ -51,8 +50,9 @@ def bias_gradient_kernel(
     stride_out_head,
     stride_out_i,
     stride_out_j,
-    stride_lse_batch,
-    stride_lse_head,
+    stride_terms_batch,
+    stride_terms_head,
+    stride_term,
     stride_slopes,
     stride_bias_batch,
     stride_bias_head,
@@ -108,8 +108,10 @@ def bias_gradient_kernel(
         dout_of = row_of(
             DOUT, batch, q_begin, head, stride_dout_batch, stride_dout, stride_dout_head
         )
-        lse_of = row_of(LSE, batch, q_begin, head, stride_lse_batch, 1, stride_lse_head)
-        delta_of = row_of(DELTA, batch, q_begin, head, stride_lse_batch, 1, stride_lse_head)
+        terms_of = (
+            row_of(TERMS, batch, q_begin, head, stride_terms_batch, 1, stride_terms_head),
+            stride_term,
+        )
         scores = scores_of(
             SLOPES, BIAS, batch, head,
             (stride_slopes, stride_bias_batch, stride_bias_head, stride_bias_i, stride_bias_j),
@@ -123,19 +125,18 @@ def bias_gradient_kernel(
         v = load_rows(v_of, first_j, len_k, stride_v, BLOCK_N, DIMS.v, DIMS.padded_v, True)
         i = first_i + tl.arange(0, BLOCK_M)
         j = first_j + tl.arange(0, BLOCK_N)
-        lse, delta = row_terms(lse_of, delta_of, i, len_q)
-        kept = True
+        PADDED: tl.constexpr = CU_Q is None
+        lse = load_term(terms_of, 0, first_i, len_q, BLOCK_M, PADDED, False)
+        delta = load_term(terms_of, 1, first_i, len_q, BLOCK_M, PADDED, False)
+        qk = product(q, tl.trans(k), None)
+        p, _ = probabilities(qk, i[:, None], j[None, :], lse[:, None], scores, True, OPTIONS)
+        dp = product(dout, tl.trans(v), None)
         if OPTIONS.dropout:
             heads_of_rows = tl.zeros((BLOCK_M,), tl.int32) + (batch * num_heads + head)
             dropout = (key0, key1, counter3, threshold)
             kept = keep_mask(heads_of_rows, i, first_j, dropout, BLOCK_N)
-        _, ds, _ = gradient_tile(
-            product(q, tl.trans(k), None),
-            product(dout, tl.trans(v), None),
-            i[:, None], j[None, :], lse[:, None], delta[:, None], kept, scores, keep_scale,
-            True, OPTIONS,
-        )  # fmt: skip
-        total += ds
+            dp = dp * tl.where(kept, keep_scale, 0.0)
+        total += gradient_of_scores(p, dp, delta[:, None], True, OPTIONS)
     if OVER_I:
         total = tl.sum(total, 0, keep_dims=True)
     if OVER_J:

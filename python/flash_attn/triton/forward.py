@@ -17,6 +17,7 @@ from .vocabulary import (
     is_visible,
     keep_mask,
     key_ranges,
+    load_box,
     load_paged_rows,
     load_rows,
     product,
@@ -37,7 +38,7 @@ def load_block(
     rows), DESCRIBED (descriptor, entry, head); `pages` the address of the page numbers and the
     first token in them."""
     if DESCRIBED:
-        x = tensor[0].load([tensor[1], start, tensor[2], 0]).reshape(BLOCK_N, DIM)
+        x = load_box(tensor, start, BLOCK_N, DIM)
     elif PAGE_SIZE > 0:
         x = load_paged_rows(
             tensor[0], start, length, tensor[1], tensor[2], pages[0], pages[1],
@@ -187,8 +188,7 @@ def forward_kernel(
     real = i < len_q
     kv_head = first_head // heads_per_kv
     if DESCRIBED:
-        D: tl.constexpr = DIMS.qk
-        q = Q.load([batch, block * BLOCK_M, first_head, 0]).reshape(BLOCK_M, D)
+        q = load_box((Q, batch, first_head), block * BLOCK_M, BLOCK_M, DIMS.qk)
         k_of = (K, k_row, kv_head)
         v_of = (V, k_row, kv_head)
     else:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import gradient_tile, row_terms
+from .backward import gradient_of_scores, load_term, probabilities
 from .vocabulary import (
     VARIABLE,
     keep_mask,
+    load_box,
     load_rows,
     product,
     row_of,
@@ -20,53 +21,68 @@ from .vocabulary import (
 
 @triton.jit
 def add_queries(
-    dk, dv, k, v, j, first_j, first, end, Q, DOUT, LSE, DELTA, stride_q, stride_dout,
-    scores, batch_head, dropout, keep_scale, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
+    dk, dv, k, v, j, first_j, range_of_queries, q_of, dout_of, terms_of, scores, batch_head,
+    dropout, keep_scale, DESCRIBED: tl.constexpr, PADDED: tl.constexpr, OPTIONS: tl.constexpr,
     DIMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds what queries first to end of one head contribute to dK / scale and dV of a block of
-    keys. Tiles have keys along their first axis."""
+    """Adds what the queries of one head contribute to dK / scale and dV of a block of keys. Tiles
+    have keys along their first axis."""
+    begin, full_begin, full_end, end = range_of_queries
     len_q = scores[4]
-    for start in tl.range(first, end, BLOCK_M):
-        q = load_rows(Q, start, len_q, stride_q, BLOCK_M, DIMS.qk, DIMS.padded_qk, MASKED)
+    # One loop, that asks of each block whether it has a mask: with a loop of its own for each kind
+    # of block, the zeros that reach the second one around the first make ptxas run the products of
+    # both one by one (its remark C7515).
+    for start in tl.range(begin, end, BLOCK_M):
+        masked = False
+        if OPTIONS.has_left or OPTIONS.has_right:
+            masked = (start < full_begin) | (start >= full_end)
+        if DESCRIBED:
+            q = load_box(q_of, start, BLOCK_M, DIMS.qk)
+        else:
+            q = load_rows(q_of[0], start, len_q, q_of[1], BLOCK_M, DIMS.qk, DIMS.padded_qk, True)
+        lse = load_term(terms_of, 0, start, len_q, BLOCK_M, PADDED, DESCRIBED)
         i = start + tl.arange(0, BLOCK_M)
-        lse, delta = row_terms(LSE, DELTA, i, len_q)
         qk = product(k, tl.trans(q), None)  # [N, M]
-        dout = load_rows(DOUT, start, len_q, stride_dout, BLOCK_M, DIMS.v, DIMS.padded_v, MASKED)
-        dp = product(v, tl.trans(dout), None)  # [N, M]
-        kept = MASKED
+        p, slope_of_cap = probabilities(qk, i[None, :], j, lse[None, :], scores, masked, OPTIONS)
+        if DESCRIBED:
+            dout = load_box(dout_of, start, BLOCK_M, DIMS.v)
+        else:
+            dout = load_rows(
+                dout_of[0], start, len_q, dout_of[1], BLOCK_M, DIMS.v, DIMS.padded_v, True
+            )
+        weights = p
         if OPTIONS.dropout:
             heads = tl.zeros((BLOCK_M,), tl.int32) + batch_head
             kept = tl.trans(keep_mask(heads, i, first_j, dropout, BLOCK_N))
-        weights, _, ds = gradient_tile(
-            qk, dp, i[None, :], j, lse[None, :], delta[None, :], kept, scores, keep_scale,
-            MASKED, OPTIONS,
-        )  # fmt: skip
+            factor = tl.where(kept, keep_scale, 0.0)
+            weights = p * factor
+        # Before dP, whose tile then needs no registers beside scores and P.
         dv = product(weights.to(dout.dtype), dout, dv)
+        delta = load_term(terms_of, 1, start, len_q, BLOCK_M, PADDED, DESCRIBED)
+        dp = product(v, tl.trans(dout), None)  # [N, M]
+        if OPTIONS.dropout:
+            dp = dp * factor
+        ds = gradient_of_scores(p, dp, delta[None, :], masked, OPTIONS) * slope_of_cap
         dk = product(ds.to(q.dtype), q, dk)
     return dk, dv
 
 
 @triton.jit
-def query_ranges(first_j, last_j, scores, OPTIONS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(begin, full_begin, full_end, end): the queries that see some of the keys, and between them
-    those that see all of them. All but `end` are multiples of BLOCK_M."""
+def query_range(first_j, last_j, scores, OPTIONS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(begin, full_begin, full_end, end): the queries that see some of the keys; the blocks from
+    full_begin to full_end see all of them. Queries past the last count as such: their P is 0."""
     _, _, _, _, len_q, len_k, _, _, left, right = scores
     offset = len_k - len_q
     begin = 0
     end = len_q
     full_begin = 0
-    full_end = len_q // BLOCK_M * BLOCK_M
+    full_end = end
     if OPTIONS.has_right:
         begin = tl.maximum(first_j - offset - right, 0) // BLOCK_M * BLOCK_M
-        full_begin = tl.cdiv(tl.maximum(last_j - offset - right, 0), BLOCK_M) * BLOCK_M
+        full_begin = last_j - offset - right
     if OPTIONS.has_left:
         end = tl.minimum(len_q, tl.maximum(last_j - offset + left + 1, 0))
-        full = tl.maximum(first_j - offset + left + 1, 0) // BLOCK_M * BLOCK_M
-        full_end = tl.minimum(full_end, full)
-    full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.cdiv(end, BLOCK_M) * BLOCK_M)
-    full_begin = tl.maximum(full_begin, begin)
-    full_end = tl.maximum(full_begin, tl.minimum(full_end, end // BLOCK_M * BLOCK_M))
+        full_end = first_j - offset + left + 2 - BLOCK_M
     return begin, full_begin, full_end, end
 
 
@@ -76,8 +92,7 @@ def key_gradient_kernel(
     K,
     V,
     DOUT,
-    LSE,
-    DELTA,
+    TERMS,
     DK,
     DV,
     CU_Q,
@@ -106,8 +121,9 @@ def key_gradient_kernel(
     stride_dv_batch,
     stride_dv,
     stride_dv_head,
-    stride_lse_batch,
-    stride_lse_head,
+    stride_terms_batch,
+    stride_terms_head,
+    stride_term,
     stride_slopes,
     stride_bias_batch,
     stride_bias_head,
@@ -124,13 +140,14 @@ def key_gradient_kernel(
     right,
     threshold,
     keep_scale,
+    DESCRIBED: tl.constexpr,
     OPTIONS: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """dK and dV. Program: (batch, head of k and v, block of keys); the heads of the group are added
-    up in order."""
+    up in order. DESCRIBED: Q, DOUT and TERMS are tensor descriptors of boxes of BLOCK_M rows."""
     program = tl.program_id(0)
     block = program % num_blocks
     program = program // num_blocks
@@ -147,33 +164,43 @@ def key_gradient_kernel(
     k = load_rows(K, first_j, len_k, stride_k, BLOCK_N, DIMS.qk, DIMS.padded_qk, True)
     v = load_rows(V, first_j, len_k, stride_v, BLOCK_N, DIMS.v, DIMS.padded_v, True)
     j = first_j + tl.arange(0, BLOCK_N)
+    last_j = tl.minimum(first_j + BLOCK_N, len_k) - 1
+    PADDED: tl.constexpr = CU_Q is None
     BLOCK_D: tl.constexpr = DIMS.padded_qk
     BLOCK_DV: tl.constexpr = DIMS.padded_v
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for member in tl.range(0, heads_per_kv):
         head = kv_head * heads_per_kv + member
-        q_of = row_of(Q, batch, q_begin, head, stride_q_batch, stride_q, stride_q_head)
-        dout_of = row_of(
-            DOUT, batch, q_begin, head, stride_dout_batch, stride_dout, stride_dout_head
-        )
-        lse_of = row_of(LSE, batch, q_begin, head, stride_lse_batch, 1, stride_lse_head)
-        delta_of = row_of(DELTA, batch, q_begin, head, stride_lse_batch, 1, stride_lse_head)
+        if DESCRIBED:
+            q_of, dout_of, terms_of = (Q, batch, head), (DOUT, batch, head), (TERMS, batch, head)
+        else:
+            q_of = (
+                row_of(Q, batch, q_begin, head, stride_q_batch, stride_q, stride_q_head),
+                stride_q,
+            )
+            dout_of = (
+                row_of(
+                    DOUT, batch, q_begin, head, stride_dout_batch, stride_dout, stride_dout_head
+                ),
+                stride_dout,
+            )
+            terms_of = (
+                row_of(TERMS, batch, q_begin, head, stride_terms_batch, 1, stride_terms_head),
+                stride_term,
+            )
         scores = scores_of(
             SLOPES, BIAS, batch, head,
             (stride_slopes, stride_bias_batch, stride_bias_head, stride_bias_i, stride_bias_j),
             (len_q, len_k), (scale, softcap, left, right), OPTIONS,
         )  # fmt: skip
-        last_j = tl.minimum(first_j + BLOCK_N, len_k) - 1
-        edges = query_ranges(first_j, last_j, scores, OPTIONS, BLOCK_M)
-        for phase in tl.static_range(3):
-            if phase > 0 or OPTIONS.has_right:
-                dk, dv = add_queries(
-                    dk, dv, k, v, j[:, None], first_j, edges[phase], edges[phase + 1],
-                    q_of, dout_of, lse_of, delta_of, stride_q, stride_dout,
-                    scores, batch * num_heads + head, (key0, key1, counter3, threshold),
-                    keep_scale, phase != 1, OPTIONS, DIMS, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+        dk, dv = add_queries(
+            dk, dv, k, v, j[:, None], first_j,
+            query_range(first_j, last_j, scores, OPTIONS, BLOCK_M),
+            q_of, dout_of, terms_of, scores, batch * num_heads + head,
+            (key0, key1, counter3, threshold), keep_scale,
+            DESCRIBED, PADDED, OPTIONS, DIMS, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     d = tl.arange(0, DIMS.padded_qk)
     dd = tl.arange(0, DIMS.padded_v)
     j = j.to(tl.int64)[:, None]

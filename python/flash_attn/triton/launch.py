@@ -29,7 +29,7 @@ from .arguments import (
     strides,
     words,
 )
-from .backward import delta_kernel
+from .backward import terms_kernel
 from .bias_gradient import bias_gradient_kernel
 from .cache import place_kernel
 from .combine import combine_kernel
@@ -43,7 +43,9 @@ _MAX_GROUPED_QUERIES = 16
 _MAX_SPLITS = 128
 _ENOUGH_OF_THE_FASTEST = 0.9
 _COMBINED_AT_ONCE = 32
-_DELTA_ROWS = 64
+_TERMS_ROWS = 64
+# Terms of the rows are padded to what every tile of queries divides.
+_LARGEST_TILE = 128
 _SMALLEST_SCALE = 2.0**-126
 _DESCRIBED_DIMS = (64, 128)
 # Describing q, k and v takes the host some 70 us, which fewer operations do not pay back.
@@ -206,16 +208,16 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
         return attend
 
     kind = tiles.DECODE if decodes else tiles.FORWARD
-    if not decodes and cache is None and _may_describe(call):
+    if not decodes and cache is None and _may_describe(call, call.q, call.k, call.v):
         kind = tiles.DESCRIBED
     return tiles.first_that_fits(
         kind, call, features(call), prepare, lambda attend: attend(call, cache)
     )
 
 
-def _may_describe(call: Call) -> bool:
-    """Whether tensor descriptors can describe q, k and v (CUDA's programming guide, "Tensor Map"):
-    their bounds are those of a tensor, not of a sequence within it."""
+def _may_describe(call: Call, *tensors: torch.Tensor) -> bool:
+    """Whether tensor descriptors can describe some of a call's (CUDA's programming guide, "Tensor
+    Map"), and are worth it: their bounds are those of a tensor, not of a sequence within it."""
     if TensorDescriptor is None or call.varlen or call.block_table is not None:
         return False
     operations = 4 * call.q.numel() * call.longest_k
@@ -224,7 +226,7 @@ def _may_describe(call: Call) -> bool:
         and x.size(-1) in _DESCRIBED_DIMS
         and x.data_ptr() % 16 == 0
         and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:-1])
-        for x in (call.q, call.k, call.v)
+        for x in tensors
     )
 
 
@@ -375,55 +377,77 @@ def _place_launch(
 
 
 def _backward_plan(request: Request) -> Plan:
-    """Launches: delta, dK and dV, dQ, and the gradient of attn_bias."""
+    """Launches: terms of the rows, dK and dV, dQ, and the gradient of attn_bias."""
     call, _, gradients, _ = request
     values = scores(call) | strides("q", call.q) | strides("k", call.k)
-    values |= strides("v", call.v) | strides("dout", gradients.dout) | lse_strides(call.lse)
+    values |= strides("v", call.v) | strides("dout", gradients.dout) | _terms_strides(call)
     values |= {
         "seqlen_q": call.longest_q,
         "seqlen_k": call.longest_k,
         "num_heads": call.q.size(-2),
         "heads_per_kv": call.q.size(-2) // call.k.size(-2),
     }
-    make_delta = _delta_launch(call, gradients)
-    delta = torch.empty_like(call.lse)
-    make_delta(call.out, gradients.dout, delta, call.cu_seqlens_q)
+    make_terms = _terms_launch(call, gradients)
+    terms = _terms(call)
+    make_terms(call.out, gradients.dout, call.lse, terms, call.cu_seqlens_q)
     launches = [
-        _key_gradient_plan(call, gradients, values, delta),
-        _query_gradient_plan(call, gradients, values, delta),
+        _key_gradient_plan(call, gradients, values, terms),
+        _query_gradient_plan(call, gradients, values, terms),
     ]
     if gradients.d_attn_bias is not None:
-        launches.append(_bias_gradient_plan(call, gradients, values, delta))
+        launches.append(_bias_gradient_plan(call, gradients, values, terms))
 
     def plan(request: Request) -> None:
         call, _, gradients, _ = request
         if call.varlen:  # rows that belong to no sequence, and keys that are not in use
             for gradient in (gradients.dq, gradients.dk, gradients.dv):
                 gradient.zero_()
-        delta = torch.empty_like(call.lse)
-        make_delta(call.out, gradients.dout, delta, call.cu_seqlens_q)
+        terms = _terms(call)
+        make_terms(call.out, gradients.dout, call.lse, terms, call.cu_seqlens_q)
         for launch in launches:
-            launch(call, gradients, delta)
+            launch(call, gradients, terms)
         if gradients.d_learnable_sink is not None:
+            delta = terms[..., 1, : call.lse.size(-1)]
             write_sink_gradient(call, gradients, delta.transpose(-1, -2))
 
     return plan
 
 
-def _delta_launch(call: Call, gradients: Gradients) -> _Launch:
-    blocks, dv = _blocks(call.longest_q, _DELTA_ROWS), call.v.size(-1)
+def _terms(call: Call) -> torch.Tensor:
+    """Where the terms of the rows go: [B, H, 2, rows], varlen [H, 2, rows]."""
+    *heads, length = call.lse.shape
+    return call.lse.new_empty((*heads, 2, _num_terms(call, length)))
+
+
+def _num_terms(call: Call, length: int) -> int:
+    return length if call.varlen else _blocks(length, _LARGEST_TILE) * _LARGEST_TILE
+
+
+def _terms_strides(call: Call) -> dict[str, int]:
+    *batch, heads, length = call.lse.shape
+    rows = _num_terms(call, length)
+    return {
+        "stride_terms_batch": heads * 2 * rows if batch else 0,
+        "stride_terms_head": 2 * rows,
+        "stride_term": rows,
+    }
+
+
+def _terms_launch(call: Call, gradients: Gradients) -> _Launch:
+    blocks, dv = _blocks(_num_terms(call, call.longest_q), _TERMS_ROWS), call.v.size(-1)
     values = {
         **strides("out", call.out),
         **strides("dout", gradients.dout),
         **lse_strides(call.lse),
+        **_terms_strides(call),
         "seqlen_q": call.longest_q,
         "num_heads": call.q.size(-2),
         "num_blocks": blocks,
         "DV": dv,
         "BLOCK_DV": padded(dv),
-        "BLOCK_M": _DELTA_ROWS,
+        "BLOCK_M": _TERMS_ROWS,
     }
-    return _Launch(delta_kernel, call.batch * call.q.size(-2) * blocks, values, _rows(4))
+    return _Launch(terms_kernel, call.batch * call.q.size(-2) * blocks, values, _rows(4))
 
 
 GradientLaunch = Callable[[Call, Gradients, torch.Tensor], None]
@@ -433,7 +457,7 @@ def _gradient_plan(
     kind: str,
     call: Call,
     gradients: Gradients,
-    delta: torch.Tensor,
+    terms: torch.Tensor,
     kernel: Any,
     outputs: Callable[[Gradients], tuple[torch.Tensor, ...]],
     of_tile: Callable[[Tile], tuple[int, dict[str, Any]]],
@@ -445,10 +469,13 @@ def _gradient_plan(
         values = values | {"BLOCK_M": tile.m, "BLOCK_N": tile.n}
         launch = _Launch(kernel, programs, values, tile)
 
-        def run(call: Call, gradients: Gradients, delta: torch.Tensor) -> None:
+        def run(call: Call, gradients: Gradients, terms: torch.Tensor) -> None:
+            q, dout = call.q, gradients.dout
+            if tile.described:
+                q, dout = _box(q, tile.m), _box(dout, tile.m)
+                terms = TensorDescriptor(terms, terms.shape, terms.stride(), [1, 1, 1, tile.m])
             launch(
-                *(call.q, call.k, call.v, gradients.dout, call.lse, delta),
-                *outputs(gradients),
+                *(q, call.k, call.v, dout, terms, *outputs(gradients)),
                 *(call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k),
                 *(call.alibi_slopes, _bytes(call.attn_bias), *words(call)),
             )
@@ -456,25 +483,26 @@ def _gradient_plan(
         return run
 
     return tiles.first_that_fits(
-        kind, call, features(call), prepare, lambda run: run(call, gradients, delta)
+        kind, call, features(call), prepare, lambda run: run(call, gradients, terms)
     )
 
 
 def _key_gradient_plan(
-    call: Call, gradients: Gradients, values: dict[str, Any], delta: torch.Tensor
+    call: Call, gradients: Gradients, values: dict[str, Any], terms: torch.Tensor
 ) -> GradientLaunch:
     values = values | strides("dk", gradients.dk) | strides("dv", gradients.dv)
 
     def of_tile(tile: Tile) -> tuple[int, dict[str, Any]]:
         blocks = _blocks(call.longest_k, tile.n)
-        own = {"num_blocks": blocks}
+        own = {"num_blocks": blocks, "DESCRIBED": tile.described}
         return call.batch * call.k.size(-2) * blocks, values | own
 
+    described = _may_describe(call, call.q, gradients.dout)
     return _gradient_plan(
-        tiles.KEY_GRADIENT,
+        tiles.DESCRIBED_KEY_GRADIENT if described else tiles.KEY_GRADIENT,
         call,
         gradients,
-        delta,
+        terms,
         key_gradient_kernel,
         lambda gradients: (gradients.dk, gradients.dv),
         of_tile,
@@ -482,7 +510,7 @@ def _key_gradient_plan(
 
 
 def _query_gradient_plan(
-    call: Call, gradients: Gradients, values: dict[str, Any], delta: torch.Tensor
+    call: Call, gradients: Gradients, values: dict[str, Any], terms: torch.Tensor
 ) -> GradientLaunch:
     values = values | strides("dq", gradients.dq)
 
@@ -495,7 +523,7 @@ def _query_gradient_plan(
         tiles.QUERY_GRADIENT,
         call,
         gradients,
-        delta,
+        terms,
         query_gradient_kernel,
         lambda gradients: (gradients.dq,),
         of_tile,
@@ -503,7 +531,7 @@ def _query_gradient_plan(
 
 
 def _bias_gradient_plan(
-    call: Call, gradients: Gradients, values: dict[str, Any], delta: torch.Tensor
+    call: Call, gradients: Gradients, values: dict[str, Any], terms: torch.Tensor
 ) -> GradientLaunch:
     bias = gradients.d_attn_bias[(None,) * (4 - gradients.d_attn_bias.dim())]
     over = [size == 1 for size in bias.shape]
@@ -524,7 +552,7 @@ def _bias_gradient_plan(
         tiles.BIAS_GRADIENT,
         call,
         gradients,
-        delta,
+        terms,
         bias_gradient_kernel,
         lambda gradients: (gradients.d_attn_bias,),
         of_tile,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import gradient_tile, row_terms
+from .backward import gradient_of_scores, load_term, probabilities
 from .vocabulary import (
     VARIABLE,
     keep_mask,
@@ -32,15 +32,13 @@ def add_keys(
         v = load_rows(V, start, len_k, stride_v, BLOCK_N, DIMS.v, DIMS.padded_v, MASKED)
         j = (start + tl.arange(0, BLOCK_N))[None, :]
         qk = product(q, tl.trans(k), None)  # [M, N]
+        p, slope_of_cap = probabilities(qk, i[:, None], j, lse[:, None], scores, MASKED, OPTIONS)
         dp = product(dout, tl.trans(v), None)  # [M, N]
-        kept = MASKED
         if OPTIONS.dropout:
             heads = tl.zeros((BLOCK_M,), tl.int32) + batch_head
             kept = keep_mask(heads, i, start, dropout, BLOCK_N)
-        _, _, ds = gradient_tile(
-            qk, dp, i[:, None], j, lse[:, None], delta[:, None], kept, scores, keep_scale,
-            MASKED, OPTIONS,
-        )  # fmt: skip
+            dp = dp * tl.where(kept, keep_scale, 0.0)
+        ds = gradient_of_scores(p, dp, delta[:, None], MASKED, OPTIONS) * slope_of_cap
         dq = product(ds.to(k.dtype), k, dq)
     return dq
 
@@ -51,8 +49,7 @@ def query_gradient_kernel(
     K,
     V,
     DOUT,
-    LSE,
-    DELTA,
+    TERMS,
     DQ,
     CU_Q,
     CU_K,
@@ -77,8 +74,9 @@ def query_gradient_kernel(
     stride_dq_batch,
     stride_dq,
     stride_dq_head,
-    stride_lse_batch,
-    stride_lse_head,
+    stride_terms_batch,
+    stride_terms_head,
+    stride_term,
     stride_slopes,
     stride_bias_batch,
     stride_bias_head,
@@ -117,12 +115,13 @@ def query_gradient_kernel(
     K = row_of(K, batch, k_begin, kv_head, stride_k_batch, stride_k, stride_k_head)
     V = row_of(V, batch, k_begin, kv_head, stride_v_batch, stride_v, stride_v_head)
     DOUT = row_of(DOUT, batch, q_begin, head, stride_dout_batch, stride_dout, stride_dout_head)
-    LSE = row_of(LSE, batch, q_begin, head, stride_lse_batch, 1, stride_lse_head)
-    DELTA = row_of(DELTA, batch, q_begin, head, stride_lse_batch, 1, stride_lse_head)
+    TERMS = row_of(TERMS, batch, q_begin, head, stride_terms_batch, 1, stride_terms_head)
     q = load_rows(Q, first_i, len_q, stride_q, BLOCK_M, DIMS.qk, DIMS.padded_qk, True)
     dout = load_rows(DOUT, first_i, len_q, stride_dout, BLOCK_M, DIMS.v, DIMS.padded_v, True)
     i = first_i + tl.arange(0, BLOCK_M)
-    lse, delta = row_terms(LSE, DELTA, i, len_q)
+    PADDED: tl.constexpr = CU_Q is None
+    lse = load_term((TERMS, stride_term), 0, first_i, len_q, BLOCK_M, PADDED, False)
+    delta = load_term((TERMS, stride_term), 1, first_i, len_q, BLOCK_M, PADDED, False)
     scores = scores_of(
         SLOPES, BIAS, batch, head,
         (stride_slopes, stride_bias_batch, stride_bias_head, stride_bias_i, stride_bias_j),

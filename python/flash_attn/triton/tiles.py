@@ -25,9 +25,12 @@ FORWARD = "forward"
 DESCRIBED = "described forward"  # where tensor descriptors can describe q, k and v
 DECODE = "decode"
 KEY_GRADIENT = "key_gradient"
+DESCRIBED_KEY_GRADIENT = "described key_gradient"  # where they can describe q and dout
 QUERY_GRADIENT = "query_gradient"
 BIAS_GRADIENT = "bias_gradient"
 
+# What stands in where a device has no tensor descriptors.
+_UNDESCRIBED = {DESCRIBED: FORWARD, DESCRIBED_KEY_GRADIENT: KEY_GRADIENT}
 _SMALLEST = 16  # what a matrix product of Triton takes
 
 
@@ -50,7 +53,15 @@ _TABLES: dict[str, dict[str, dict[int, Tile]]] = {
         FORWARD: {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
         DESCRIBED: {64: Tile(64, 64, 4, 3, 128, True), 128: Tile(64, 64, 4, 3, 0, True)},
         DECODE: {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 64, 4, 2)},
-        KEY_GRADIENT: {64: Tile(64, 64, 4, 1), 128: Tile(64, 128, 8, 1), 256: Tile(32, 32, 4, 1)},
+        KEY_GRADIENT: {
+            64: Tile(64, 64, 4, 3, 168),
+            128: Tile(64, 128, 8, 3),
+            256: Tile(32, 32, 4, 1),
+        },
+        DESCRIBED_KEY_GRADIENT: {
+            64: Tile(64, 64, 4, 3, 168, True),
+            128: Tile(64, 64, 4, 2, 0, True),
+        },
         QUERY_GRADIENT: {
             64: Tile(64, 64, 4, 3),
             128: Tile(128, 64, 8, 3),
@@ -131,7 +142,7 @@ def from_table(kind: str, vendor_name: str, itemsize: int, block_dim: int) -> Ti
         table = _FP32
     else:
         tables = _TABLES[vendor_name]
-        table = tables.get(kind, tables[FORWARD])
+        table = tables.get(kind) or tables[_UNDESCRIBED[kind]]
     for dim, tile in table.items():
         if block_dim <= dim:
             return tile
@@ -217,7 +228,7 @@ def _tuned(choice: _Choice, start: Callable[[Tile], None]) -> Tile | None:
         return Tile(*known[name])
     times = {}
     candidates = _DECODE_CANDIDATES if choice.kind == DECODE else _CANDIDATES
-    if choice.kind == DESCRIBED:
+    if choice.kind in _UNDESCRIBED:
         candidates += _DESCRIBED_CANDIDATES
     for tile in candidates:
         with contextlib.suppress(Exception):  # too large, or what a compiler does not take

@@ -150,6 +150,12 @@ def load_rows(
 
 
 @triton.jit
+def load_box(tensor, start, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """Rows start to start + ROWS of (descriptor of boxes [1, ROWS, 1, DIM], entry, head)."""
+    return tensor[0].load([tensor[1], start, tensor[2], 0]).reshape(ROWS, DIM)
+
+
+@triton.jit
 def load_paged_rows(
     base, start, length, stride_block, stride, PAGES, begin,
     PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
