@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is in requirements-dev.txt")
 
 import test_backward
+import triton
 from support import assert_close, out_bound, tensors
 from triton_targets import TARGETS, call, launches_compile
 
@@ -87,13 +88,6 @@ def test_every_option_compiles(name):
     assert all(kernel.binary for kernel in compiled)
 
 
-def on_device(x: torch.Tensor) -> torch.Tensor:
-    """x on the GPU, between NaN, which must not be read."""
-    space = torch.full((3, *x.shape), float("nan"), dtype=x.dtype, device="cuda")
-    space[1] = x
-    return space[1]
-
-
 @pytest.fixture
 def all_are_described(monkeypatch):
     """Tensor descriptors for large problems, which the suites have none of, serve all."""
@@ -101,6 +95,42 @@ def all_are_described(monkeypatch):
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(tiles, "_chosen", {})
     monkeypatch.setenv("FLASH_ATTENTION_BACKEND", "triton")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_products_of_the_backward_overlap(causal, all_are_described, tmp_path):
+    """ptxas tells of kernels whose matrix products it has to run one by one."""
+    problem = call(128, torch.bfloat16, causal=causal)
+    gradients = Gradients(problem.out, problem.q, problem.k, problem.v, None, None, False)
+    with launches_compile(TARGETS["sm_90"], 128) as compiled:
+        launch.run(Request(problem, gradients=gradients))
+    products = [kernel for kernel in compiled if "wgmma" in kernel.assembly]
+    assert {kernel.name for kernel in products} == {"key_gradient_kernel", "query_gradient_kernel"}
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    for kernel in products:
+        (tmp_path / "kernel.ptx").write_text(kernel.assembly)
+        command = [ptxas, "-arch=sm_90a", "-v", "kernel.ptx", "-o", "kernel.cubin"]
+        told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "registers" in told.stderr
+        assert "serialized" not in told.stderr, told.stderr
+
+
+@pytest.mark.parametrize(
+    "programs,keys,splits",
+    [(8, 4096, 16), (32, 4096, 4), (64, 16384, 2), (512, 4096, 1), (1, 64, 1)],
+)
+def test_splits_are_no_more_than_fill_the_processors(programs, keys, splits, monkeypatch):
+    monkeypatch.setattr(tiles, "num_processors", lambda device: 132)
+    k = torch.empty(1, keys, 1, 64)
+    problem = call(64, torch.bfloat16, k=k, v=k)
+    assert launch._num_splits(problem, None, programs, 64) == splits
+
+
+def on_device(x: torch.Tensor) -> torch.Tensor:
+    """x on the GPU, between NaN, which must not be read."""
+    space = torch.full((3, *x.shape), float("nan"), dtype=x.dtype, device="cuda")
+    space[1] = x
+    return space[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -76,6 +76,7 @@ class Compiled(NamedTuple):
     name: str
     shared: int  # bytes
     binary: bytes
+    assembly: str  # PTX, or AMD's
 
 
 @contextlib.contextmanager
@@ -92,8 +93,11 @@ def launches_compile(target: Target, largest: int) -> Iterator[list[Compiled]]:
         )
         if result.metadata.shared > target.shared:
             raise OutOfResources(result.metadata.shared, target.shared, "shared memory")
-        binary = result.asm["cubin" if target.gpu.backend == "cuda" else "hsaco"]
-        compiled.append(Compiled(kernel.fn.__name__, result.metadata.shared, binary))
+        nvidia = target.gpu.backend == "cuda"
+        binary, assembly = (
+            result.asm[n] for n in (("cubin", "ptx") if nvidia else ("hsaco", "amdgcn"))
+        )
+        compiled.append(Compiled(kernel.fn.__name__, result.metadata.shared, binary, assembly))
 
     def from_table(*arguments: Any) -> tiles.Tile:
         tile = table(*arguments)
