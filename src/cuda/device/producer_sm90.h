@@ -141,12 +141,13 @@ class Producer90 {
       const int num_keys = min(it.seqlen_k - first, kSpec.tile_n);
       const int box_rows = args_.pages.box_rows;
       const int lane = threadIdx.x % 32;
+      const bool has_box = lane * box_rows < num_keys;
+      const int num_boxes = __popc(__ballot_sync(0xFFFFFFFFu, has_box));
       if (lane == 0) {
-        const int num_boxes = (num_keys + box_rows - 1) / box_rows;
         full.arrive_and_expect(num_columns * num_boxes * box_rows * kBlockRowBytes);
       }
       __syncwarp();
-      if (lane * box_rows < num_keys) {
+      if (has_box) {
         load_columns(to + lane * box_rows * kBlockRowBytes, map, num_columns, box, tile.kv_head,
                      full);
       }

@@ -41,9 +41,11 @@ struct OnlineSoftmax {
         highest = fmaxf(highest, shuffle_xor(highest, 1));
         highest = fmaxf(highest, shuffle_xor(highest, 2));
         // A row that has seen no key yet stays at 2^-infinity.
-        // Products that are rounded on their own: exactly 1 where no key was seen.
-        const float offset = highest == -kInfinity ? 0.0f : __fmul_rn(highest, scale_log2);
-        rescale[m][half] = exp2_approx(__fsub_rn(__fmul_rn(max[m][half], scale_log2), offset));
+        const float offset = highest == -kInfinity ? 0.0f : highest * scale_log2;
+        // Exactly 1 where no key was seen, which the difference, rounded once, would miss; and
+        // spelled out, since whether a compiler contracts it depends on the kernel.
+        const float change = fmaf(max[m][half], scale_log2, -offset);
+        rescale[m][half] = max[m][half] == highest ? 1.0f : exp2_approx(change);
         max[m][half] = highest;
         float total = 0.0f;
 #pragma unroll
