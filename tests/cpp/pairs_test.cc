@@ -1,0 +1,187 @@
+// The kernels of AMX, on tiles that are emulated, against those of AVX512-BF16.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "cpu/pairs.h"
+#include "tests/cpp/testing.h"
+
+namespace fa::cpu {
+
+const PairKernels* emulated_pair_kernels();
+
+namespace {
+
+using testing::Random;
+
+// From a cache line on.
+template <class T>
+struct Buffer {
+  explicit Buffer(int64_t count) : storage(count + 64 / sizeof(T)) {
+    const auto address = reinterpret_cast<uintptr_t>(storage.data());
+    data = storage.data() + (64 - address % 64) % 64 / sizeof(T);
+    size = count;
+  }
+  Buffer(Buffer&&) = default;  // the elements stay where they are
+  Buffer& operator=(Buffer&&) = default;
+  std::vector<T> storage;
+  T* data;
+  int64_t size;
+};
+
+Buffer<uint16_t> halves(int64_t count, uint64_t seed) {
+  Buffer<uint16_t> buffer(count);
+  Random random(seed);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto value = static_cast<float>(random.normal());
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    buffer.data[i] = static_cast<uint16_t>(bits >> 16);
+  }
+  return buffer;
+}
+
+Buffer<float> floats(int64_t count, uint64_t seed) {
+  Buffer<float> buffer(count);
+  Random random(seed);
+  for (int64_t i = 0; i < count; ++i) buffer.data[i] = static_cast<float>(random.normal());
+  return buffer;
+}
+
+// The dot products sum in another order.
+void expect_near(const Buffer<float>& one, const Buffer<float>& other, const char* what) {
+  for (int64_t i = 0; i < one.size; ++i) {
+    ASSERT_NEAR(one.data[i], other.data[i], 1e-4 * (1.0 + std::abs(other.data[i])))
+        << what << "[" << i << "]";
+  }
+}
+
+// A product with room and random contents of its own for C.
+struct Operands {
+  Operands(int64_t rows, int64_t columns, int64_t depth, uint64_t seed)
+      : a(halves(rows * depth, seed)),
+        b(halves(columns * depth, seed + 1)),
+        c(floats(rows * columns, seed + 2)),
+        product{.a = a.data,
+                .a_row_step = kPairRows * depth,
+                .b = reinterpret_cast<const uint32_t*>(b.data),
+                .b_depth_step = kBlockB,
+                .b_column_step = kPairColumns * depth / 2,
+                .c = c.data,
+                .c_column_step = rows * kPairColumns,
+                .rows = rows,
+                .columns = columns,
+                .depth = depth,
+                .accumulate = true} {}
+  Buffer<uint16_t> a, b;
+  Buffer<float> c;
+  PairProduct product;
+};
+
+class Pairs : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!has_avx512_bf16()) GTEST_SKIP() << "needs AVX512-BF16";
+  }
+  const PairKernels& amx() { return *emulated_pair_kernels(); }
+  const PairKernels& avx512() { return *avx512_pair_kernels(); }
+};
+
+TEST_F(Pairs, products_of_any_number_of_blocks_agree) {
+  for (int64_t rows : {16, 32, 48}) {
+    for (int64_t columns : {16, 32, 48, 64}) {
+      for (int64_t depth : {32, 96}) {
+        for (bool accumulate : {false, true}) {
+          Operands one(rows, columns, depth, 7), other(rows, columns, depth, 7);
+          one.product.accumulate = other.product.accumulate = accumulate;
+          amx().multiply(one.product);
+          avx512().multiply(other.product);
+          expect_near(one.c, other.c, "c");
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Pairs, probabilities_and_the_product_beside_them_agree) {
+  constexpr int64_t kPairs = kChunkKeys / 2 * kChunkLanes;
+  for (int64_t depth : {32, 64, 96, 128, 256}) {
+    const Buffer<float> scores = floats(kChunkKeys * kChunkLanes, 3);
+    const Buffer<float> maximum = floats(kChunkLanes, 4);
+    const auto run = [&](const PairKernels& kernels, bool beside, Buffer<float>& c) {
+      Operands operands(kChunkKeys, kChunkLanes, depth, 9);
+      Buffer<uint32_t> pairs(kPairs);
+      Buffer<float> sum = floats(kChunkLanes, 5);
+      kernels.exponentiate(
+          {scores.data, 0.7f, maximum.data, sum.data, pairs.data, kChunkKeys / 2 * kPairColumns},
+          beside ? &operands.product : nullptr);
+      c = std::move(operands.c);
+      std::vector<uint32_t> result(pairs.data, pairs.data + kPairs);
+      for (int64_t i = 0; i < kChunkLanes; ++i)
+        result.push_back(std::bit_cast<uint32_t>(sum.data[i]));
+      return result;
+    };
+    Buffer<float> one(0), other(0), untouched(0);
+    const std::vector<uint32_t> expected = run(avx512(), true, other);
+    EXPECT_EQ(run(amx(), true, one), expected) << "depth " << depth;
+    expect_near(one, other, "c");
+    EXPECT_EQ(run(amx(), false, untouched), expected) << "depth " << depth;
+  }
+}
+
+TEST_F(Pairs, gradients_and_the_products_beside_them_agree) {
+  constexpr int64_t kCount = kChunkKeys * kChunkLanes;
+  for (int64_t depth : {32, 96, 128}) {
+    const Buffer<float> scores = floats(kCount, 3), dp = floats(kCount, 4);
+    const Buffer<float> lse = floats(kChunkLanes, 5), delta = floats(kChunkLanes, 6);
+    const auto run = [&](const PairKernels& kernels, Operands(&operands)[2]) {
+      const PairProduct products[2] = {operands[0].product, operands[1].product};
+      Buffer<uint16_t> p(kCount), ds(kCount);
+      Buffer<uint32_t> pairs(kCount / 2);
+      kernels.differentiate({scores.data, dp.data, 0.7f, lse.data, delta.data, p.data, ds.data,
+                             kPairRows * kChunkLanes, pairs.data, kChunkKeys / 2 * kPairColumns},
+                            products);
+      std::vector<uint32_t> result(p.data, p.data + kCount);
+      result.insert(result.end(), ds.data, ds.data + kCount);
+      result.insert(result.end(), pairs.data, pairs.data + kCount / 2);
+      return result;
+    };
+    Operands one[2] = {{kChunkKeys, kChunkLanes, depth, 9}, {kChunkKeys, kChunkLanes, 64, 19}};
+    Operands other[2] = {{kChunkKeys, kChunkLanes, depth, 9}, {kChunkKeys, kChunkLanes, 64, 19}};
+    EXPECT_EQ(run(amx(), one), run(avx512(), other)) << "depth " << depth;
+    for (int i = 0; i < 2; ++i) expect_near(one[i].c, other[i].c, "c");
+  }
+}
+
+TEST_F(Pairs, probabilities_are_those_of_the_formula) {
+  constexpr float kScale = 0.7f;
+  Buffer<float> scores = floats(kChunkKeys * kChunkLanes, 3), maximum = floats(kChunkLanes, 4);
+  Buffer<float> sum(kChunkLanes);
+  Buffer<uint32_t> pairs(kChunkKeys / 2 * kChunkLanes);
+  scores.data[0] = -std::numeric_limits<float>::infinity();
+  avx512().exponentiate(
+      {scores.data, kScale, maximum.data, sum.data, pairs.data, kChunkKeys / 2 * kPairColumns},
+      nullptr);
+  for (int64_t lane = 0; lane < kChunkLanes; ++lane) {
+    double expected_sum = 0;
+    for (int64_t key = 0; key < kChunkKeys; ++key) {
+      const float s = scores.data[lane / 16 * kChunkColumn + key * 16 + lane % 16];
+      const double p = std::exp2(double{s} * kScale - maximum.data[lane]);
+      expected_sum += p;
+      const uint32_t pair = pairs.data[lane / 16 * kChunkColumn / 2 + key / 2 * 16 + lane % 16];
+      const uint32_t bits = key % 2 == 0 ? pair << 16 : pair & 0xFFFF0000u;
+      EXPECT_NEAR(std::bit_cast<float>(bits), p, p * 0x1.01p-8)
+          << "key " << key << " lane " << lane;
+    }
+    EXPECT_NEAR(sum.data[lane], expected_sum, expected_sum * 1e-6);
+  }
+}
+
+}  // namespace
+}  // namespace fa::cpu
