@@ -31,4 +31,6 @@ if [[ $(uname -m) != aarch64 ]]; then
 fi
 
 say "Python tests"
-.venv/bin/python -m pytest -q
+# A file is one process', for what its tests share; each process computes with all processors, too.
+processes=$((CMAKE_BUILD_PARALLEL_LEVEL < 4 ? CMAKE_BUILD_PARALLEL_LEVEL : 4))
+.venv/bin/python -m pytest -q --numprocesses "$processes" --dist loadfile --no-loadscope-reorder

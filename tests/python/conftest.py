@@ -19,10 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --backend, --device and --shard."""
+    """Adds --backend and --device."""
     parser.addoption("--backend", default="", help="the implementation that the suites run on")
     parser.addoption("--device", default="", help="where the tensors of the suites are moved to")
-    parser.addoption("--shard", default="", help="I/N: the I-th of N parts of the tests, from 1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -78,24 +77,17 @@ def move_calls_to(device: str) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --backend, leaves out what the suites test of the native library alone; with --shard,
-    what other processes run."""
-    kept = list(items)
+    """With --backend, leaves out what the suites test of the native library alone."""
     if config.getoption("--backend"):
-        kept = [item for item in kept if not item.get_closest_marker("native")]
-    if config.getoption("--shard"):
-        shard, count = map(int, config.getoption("--shard").split("/"))
-        mine = kept[shard - 1 :: count]
-        # Neighbours need the same kernels: processes that start at the same place compile them all.
-        start = len(mine) * (shard - 1) // count
-        kept = mine[start:] + mine[:start]
-    chosen = set(kept)
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = kept
+        left_out = [item for item in items if item.get_closest_marker("native")]
+        items[:] = [item for item in items if not item.get_closest_marker("native")]
+        config.hook.pytest_deselected(items=left_out)
 
 
 # Tests of gradients turn it on.
 torch.set_grad_enabled(False)
+# Drawn arguments are part of tests' names, which the processes that share a run must agree on.
+torch.manual_seed(0)
 for name in ("FLASH_ATTENTION_BACKEND", "FLASH_ATTENTION_USE_FLAGGEMS"):
     os.environ.pop(name, None)
 
