@@ -83,6 +83,17 @@ def test_decoding_token_by_token_equals_the_whole_sequence(dtype, page_size, rot
         assert (out - expected[:, first:last]).abs().max() <= TOLERANCE[dtype], (first, last)
 
 
+def test_many_splits_equal_one():
+    """More than are combined at once, whose greatest scores grow and fall from split to split."""
+    q = normal(1, 1, 2, 16, seed=1)
+    k, v = normal(1, 4000, 1, 16, seed=2), normal(1, 4000, 1, 16, seed=3)
+    k *= 1 + 4 * torch.linspace(0, 9, 4000).sin()[:, None, None]
+    one, many = (
+        flash_attn_with_kvcache(q, k, v, cache_seqlens=3950, num_splits=n) for n in (1, 70)
+    )
+    assert (one - many).abs().max() <= TOLERANCE[q.dtype]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_decoding_equals_the_whole_sequence(seed):
     """Rows of several lengths, anywhere in the cache, behind padding, in steps of random lengths
