@@ -1,9 +1,5 @@
 // The C interface: turns its structs into the core's views, and the core's Status into its codes.
 // No exception and no message leaves by another way.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <cstring>
 #include <new>
 #include <string>
@@ -19,6 +15,7 @@
 #include "core/validate.h"
 #include "cpu/ceilings.h"
 #include "cpu/cpu.h"
+#include "cpu/pages.h"
 #include "cuda/host_values.h"
 #include "cuda/nvrtc.h"
 #include "flash_attn/flash_attn.h"
@@ -268,32 +265,24 @@ class Workspace {
 
   // At least `bytes`, or null where there is no memory. What was in it is lost.
   void* reserve(int64_t bytes) {
+    used_ = bytes;
     if (bytes <= capacity_) return data_;
     release();
     alignment_ = bytes < kLargeWorkspace ? kCacheLine : kHugePage;
     data_ = ::operator new(static_cast<size_t>(bytes), alignment_, std::nothrow);
     capacity_ = data_ == nullptr ? 0 : bytes;
-#if defined(__linux__)
-    if (data_ != nullptr && alignment_ == kHugePage)
-      madvise(data_, static_cast<size_t>(bytes), MADV_HUGEPAGE);
-#endif
+    if (data_ != nullptr && alignment_ == kHugePage) cpu::prefer_huge_pages(data_, bytes);
     return data_;
   }
 
   void trim() {
-    if (capacity_ <= kMaxRetainedWorkspace) return;
-#if defined(__linux__) && defined(MADV_FREE)
-    // Until the system wants them, the next call finds the pages as they were.
-    const int64_t whole_pages = capacity_ / kHugePageBytes * kHugePageBytes;
-    if (madvise(data_, static_cast<size_t>(whole_pages), MADV_FREE) == 0) return;
-#endif
-    release();
+    if (used_ <= kMaxRetainedWorkspace) return;
+    if (!cpu::give_pages_back_lazily(data_, capacity_)) release();
   }
 
  private:
   static constexpr std::align_val_t kCacheLine{64};
-  static constexpr int64_t kHugePageBytes = int64_t{2} << 20;
-  static constexpr std::align_val_t kHugePage{kHugePageBytes};
+  static constexpr std::align_val_t kHugePage{cpu::kHugePageBytes};
 
   void release() {
     ::operator delete(data_, alignment_);
@@ -303,6 +292,7 @@ class Workspace {
 
   void* data_ = nullptr;
   int64_t capacity_ = 0;
+  int64_t used_ = 0;  // by the call in work
   std::align_val_t alignment_ = kCacheLine;
 };
 

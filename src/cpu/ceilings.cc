@@ -22,9 +22,6 @@ CeilingLoops ceiling_loops<HWY_TARGET>() {
 #if HWY_ONCE
 
 #include <unistd.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
@@ -37,6 +34,7 @@ CeilingLoops ceiling_loops<HWY_TARGET>() {
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cpu/pages.h"
 
 namespace fa::cpu {
 namespace {
@@ -120,12 +118,10 @@ using Memory = std::unique_ptr<char, Free>;
 
 // Written to, so that each page is there; in huge pages where the system has them.
 Memory touched_memory(int64_t bytes) {
-  constexpr size_t kHugePage = size_t{2} << 20;
-  Memory memory(static_cast<char*>(std::aligned_alloc(kHugePage, static_cast<size_t>(bytes))));
+  constexpr auto kAlignment = static_cast<size_t>(kHugePageBytes);
+  Memory memory(static_cast<char*>(std::aligned_alloc(kAlignment, static_cast<size_t>(bytes))));
   if (memory == nullptr) return memory;
-#if defined(__linux__)
-  madvise(memory.get(), static_cast<size_t>(bytes), MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(memory.get(), bytes);
   std::fill_n(memory.get(), bytes, char{1});
   return memory;
 }
