@@ -5,14 +5,17 @@ All take turns within one run, since clocks throttle. 16384 tokens in all, 2048 
 published tables have it. Prints TFLOP/s (4 B H Sq Sk D, half when causal) and ours over the peers'.
 
     scripts/gpu_bench.sh [--dtype bfloat16] [--backends cuda:sm90 cuda:sm80] [--quick]
+                         [--varlen]
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import os
+import random
 import statistics
 from collections.abc import Callable
 
@@ -20,7 +23,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from flash_attn import flash_attn_func, implementations
+from flash_attn import flash_attn_func, flash_attn_varlen_func, implementations
 
 TOKENS = 16384
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
@@ -67,19 +70,82 @@ def medians(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, 
     }
 
 
+def ours_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    causal: bool,
+    backend: str,
+) -> None:
+    os.environ["FLASH_ATTENTION_BACKEND"] = backend
+    flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, causal=causal)
+
+
+def random_lengths(mean: int, seed: int) -> list[int]:
+    """As many as make about TOKENS, from half to one and a half times the mean."""
+    generator = random.Random(seed)
+    return [generator.randint(mean // 2, mean * 3 // 2) for _ in range(TOKENS // mean)]
+
+
+def varlen_table(backend: str, dtype: torch.dtype) -> None:
+    """TFLOP/s of dense sequences, of varlen ones as long as those, and of three draws of random
+    lengths with that mean; and the ratio of the last to the first."""
+    print(f"{backend}, varlen\n   D  mean causal       dense       equal      random   ratio")
+    for head_dim in (64, 128, 256):
+        for mean in (512, 1024, 4096):
+            for causal in (False, True):
+                heads = 2048 // head_dim
+                q, k, v = (
+                    torch.randn(2 * TOKENS, heads, head_dim, device="cuda").to(dtype)
+                    for _ in range(3)
+                )
+                draws = [[mean] * (TOKENS // mean), *(random_lengths(mean, i) for i in range(3))]
+                shape = (-1, mean, heads, head_dim)
+                dense = [x[:TOKENS].view(shape) for x in (q, k, v)]
+                functions = {"dense": functools.partial(ours, *dense, causal, backend)}
+                for i, lengths in enumerate(draws):
+                    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+                    packed = [x[: sum(lengths)] for x in (q, k, v)]
+                    functions[str(i)] = functools.partial(
+                        ours_varlen, *packed, cu.cuda(), max(lengths), causal, backend
+                    )
+                times = medians(functions, 7)
+                pairs = {"dense": draws[0], **{str(i): it for i, it in enumerate(draws)}}
+                speeds = {
+                    name: sum(n * n for n in lengths) * 2048 * (2 if causal else 4) / times[name]
+                    for name, lengths in pairs.items()
+                }
+                found = statistics.mean(speeds[str(i)] for i in (1, 2, 3))
+                line = f"{head_dim:>4} {mean:>5} {causal!s:>6} "
+                line += "".join(f"{x / 1e9:>12.0f}" for x in (speeds["dense"], speeds["0"], found))
+                print(f"{line}  {found / speeds['dense']:.3f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=["float16", "bfloat16"])
     available = [it.name for it in implementations("cuda") if it.available]
     parser.add_argument("--backends", nargs="*", default=available)
     parser.add_argument("--quick", action="store_true", help="three lengths, fewer rounds")
+    parser.add_argument("--varlen", action="store_true", help="random lengths instead")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
-    names = [*arguments.backends, *PEERS]
     print(torch.cuda.get_device_name(), torch.__version__, "cuDNN", torch.backends.cudnn.version())
+    if arguments.varlen:
+        for backend in arguments.backends:
+            varlen_table(backend, dtype)
+    else:
+        dense_table(arguments.backends, dtype, arguments.quick)
+
+
+def dense_table(backends: list[str], dtype: torch.dtype, quick: bool) -> None:
+    """TFLOP/s of dense sequences, and the ratios to the peers."""
+    names = [*backends, *PEERS]
     print("   D     S causal " + "".join(f"{name:>12}" for name in names) + "   ratios")
     ratios: dict[tuple[str, str], list[float]] = {}
-    lengths = (1024, 4096, 16384) if arguments.quick else (512, 1024, 2048, 4096, 8192, 16384)
+    lengths = (1024, 4096, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384)
     for head_dim in (64, 128, 256):
         for seqlen in lengths:
             for causal in (False, True):
@@ -87,18 +153,17 @@ def main() -> None:
                 q, k, v = (torch.randn(shape, device="cuda").to(dtype) for _ in range(3))
                 peers = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
                 functions = {
-                    name: functools.partial(ours, q, k, v, causal, name)
-                    for name in arguments.backends
+                    name: functools.partial(ours, q, k, v, causal, name) for name in backends
                 }
                 functions |= {
                     name: functools.partial(peer, *peers, causal, backend)
                     for name, backend in PEERS.items()
                 }
-                times = medians(functions, 3 if arguments.quick else 7)
+                times = medians(functions, 3 if quick else 7)
                 flops = 4.0 * TOKENS * seqlen * 2048 / (2 if causal else 1)
                 line = f"{head_dim:>4} {seqlen:>5} {causal!s:>6} "
                 line += "".join(f"{flops / times[name] / 1e9:>12.0f}" for name in names)
-                for backend in arguments.backends:
+                for backend in backends:
                     for name in PEERS:
                         ratio = times[name] / times[backend]
                         if not math.isnan(ratio):

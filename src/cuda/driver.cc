@@ -39,7 +39,6 @@ Status find_all(void* library, Driver& driver) {
   FA_TRY(find(library, "cuFuncGetAttribute", driver.function_attribute));
   FA_TRY(find(library, "cuFuncSetAttribute", driver.set_function_attribute));
   FA_TRY(find(library, "cuLaunchKernel", driver.launch));
-  FA_TRY(find(library, "cuMemsetD32Async", driver.set_words));
   FA_TRY(find(library, "cuTensorMapEncodeTiled", driver.encode_tensor_map));
   FA_TRY(find(library, "cuTensorMapReplaceAddress", driver.move_tensor_map));
   FA_TRY(find(library, "cuMemcpyDtoHAsync_v2", driver.copy_to_host));

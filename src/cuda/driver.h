@@ -54,7 +54,6 @@ struct Driver {
                          unsigned block_x, unsigned block_y, unsigned block_z,
                          unsigned shared_bytes, StreamHandle stream, void** arguments,
                          void** extra);
-  DriverResult (*set_words)(uint64_t to, unsigned value, size_t count, StreamHandle stream);
   DriverResult (*encode_tensor_map)(TensorMap* map, int dtype, uint32_t rank, void* address,
                                     const uint64_t* sizes, const uint64_t* strides,
                                     const uint32_t* box, const uint32_t* element_strides,

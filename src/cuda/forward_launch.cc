@@ -1,6 +1,8 @@
 #include "cuda/forward_launch.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 
 #include "cuda/forward_plan.h"
 #include "cuda/heuristics.h"
@@ -27,6 +29,27 @@ Status make_tensor_maps(const Driver& driver, const TensorView& q, const Attenti
   FA_TRY(make_tensor_map(driver, q, kRowsPerWarpgroup, maps.q));
   FA_TRY(make_tensor_map(driver, args.k, box_rows, maps.k));
   return make_tensor_map(driver, args.v, box_rows, maps.v);
+}
+
+// Of a launch: high bits that memory holds by chance once in 2^44 times, if it is random.
+unsigned long long next_ticket() {
+  static const uint64_t seed =
+      static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+  static std::atomic<uint64_t> count{0};
+  // SplitMix64 (Steele et al., "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
+  uint64_t x = seed + (count.fetch_add(1, std::memory_order_relaxed) + 1) * 0x9E3779B97F4A7C15;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+  x ^= x >> 31;
+  return std::max<uint64_t>(x >> kTileBits, 1) << kTileBits;
+}
+
+// Whatever `counter` holds: the ticket tells the kernel whether it is a count of this launch.
+void set_counter(void* counter, int64_t blocks, ScheduleArgs& to) {
+  constexpr int64_t kMaxCount = int64_t{1} << (kTileBits - 1);
+  if (blocks > kMaxCount) return;
+  to.counter = static_cast<unsigned long long*>(counter);
+  to.ticket = next_ticket();
 }
 
 // Keys behind a padding on the left begin anywhere within a page, and a box must not.
@@ -67,10 +90,8 @@ Status ForwardLaunch::run(const LoadedKernel& kernel, const TensorView& q,
     launch_args.schedule.num_tiles_m = (launch_args.schedule.num_tiles_m + 1) / 2;
     launch_args.schedule.heads_per_group = 1;
   }
-  if (spec.varlen && workspace != nullptr) {
-    FA_TRY(set_counter(workspace, stream, launch_args.schedule));
-  }
   const int64_t blocks = blocks_of(launch_args.schedule, spec);
+  if (spec.varlen && workspace != nullptr) set_counter(workspace, blocks, launch_args.schedule);
   launch_args.schedule.num_blocks = static_cast<int>(std::min(blocks, kMaxBlocks));
   launch_args.splits.num_tiles = launch_args.schedule.num_blocks;
   const bool one_each =
@@ -85,17 +106,6 @@ std::string ForwardLaunch::describe() const {
   const Result<const LoadedKernel*> kernel = kernel_.get(device_index_);
   if (!kernel.ok()) return kernel.status().message();
   return describe_kernel(*kernel.value());
-}
-
-Status ForwardLaunch::set_counter(void* workspace, const core::Stream& stream,
-                                  ScheduleArgs& to) const {
-  to.counter = static_cast<unsigned*>(workspace);
-  const CurrentContext current(device_);
-  FA_TRY(current.status());
-  return device_.driver->check(
-      device_.driver->set_words(reinterpret_cast<uint64_t>(workspace), 0, 1,
-                                static_cast<StreamHandle>(stream.handle)),
-      "cuMemsetD32Async");
 }
 
 // Hopper's varlen kernel: as many tiles as there may be of sequences that share total_q rows.

@@ -16,7 +16,7 @@ class ForwardLaunch {
                 const KernelId& kernel, const KernelId& otherwise);
 
   // Of the counter of ScheduleArgs, which may be missing.
-  int64_t workspace_bytes() const { return counts_tiles_ ? sizeof(unsigned) : 0; }
+  int64_t workspace_bytes() const { return counts_tiles_ ? sizeof(unsigned long long) : 0; }
 
   // The kernel that runs a call.
   core::Result<const LoadedKernel*> kernel_for(const core::AttentionArgs& args) const;
@@ -30,7 +30,6 @@ class ForwardLaunch {
   std::string describe() const;
 
  private:
-  core::Status set_counter(void* workspace, const core::Stream& stream, ScheduleArgs& to) const;
   int64_t blocks_of(const ScheduleArgs& schedule, const KernelSpec& spec) const;
 
   const core::AttentionProblem problem_;

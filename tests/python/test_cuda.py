@@ -216,6 +216,30 @@ def test_varlen_equals_dense_bitwise(name, options, head_dim, dtype):
         assert same_bits(lse[:, rows], dense_lse[0])
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_that_exist_in_part(name, causal, head_dim, heads):
+    """Of rows and of keys; some sequences have no keys, or fewer than rows. In any order."""
+    lengths_q, lengths_k = [65, 190, 64, 0, 70, 257], [33, 0, 100, 9, 130, 257]
+    num_heads, num_heads_kv = heads
+    options = {"num_heads": num_heads, "num_heads_kv": num_heads_kv, "head_dim": head_dim}
+    q, k, v = varlen_tensors(lengths_q, lengths_k, dtype=torch.bfloat16, **options)
+    cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
+    lengths = {
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "max_seqlen_q": 257,
+        "max_seqlen_k": 257,
+    }
+    out, lse = check_varlen(q, k, v, **lengths, causal=causal)
+    for b in range(len(lengths_q)):
+        rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
+        alone = (q[None, rows], k[None, keys], v[None, keys])
+        dense, dense_lse = run(flash_attn_func, alone, {"causal": causal})
+        assert same_bits(out[rows], dense[0]) and same_bits(lse[:, rows], dense_lse[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_varlen_options(name, dtype):
     q, k, v = varlen_tensors([30, 0, 170], [64, 5, 199], dtype=dtype)
@@ -489,6 +513,50 @@ def test_a_graph_replays_a_call(name):
     graph.replay()
     torch.cuda.synchronize()
     assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("copies", [2, 24])
+@pytest.mark.parametrize("causal", [False, True])
+def test_many_sequences_equal_few(name, causal, copies):
+    """Whatever the order in which the kernel takes them: up to 128, those with most keys first."""
+    lengths = [300, 1, 0, 333, 64, 500]
+    q, k, v = (x.cuda() for x in varlen_tensors(lengths, lengths, dtype=torch.bfloat16))
+    cu = offsets(lengths).cuda()
+    few = flash_attn_varlen_func(q, k, v, cu, cu, 500, 500, causal=causal)
+    many = [x.repeat(copies, 1, 1) for x in (q, k, v)]
+    cu = offsets(lengths * copies).cuda()
+    out = flash_attn_varlen_func(*many, cu, cu, 500, 500, causal=causal)
+    assert same_bits(out, few.repeat(copies, 1, 1))
+
+
+def test_varlen_launches_at_once_share_nothing(name):
+    """Whatever their workspaces hold; and those that a graph replays, again and again."""
+    lengths = [500, 1, 0, 333, 64, 700] * 8
+    q, k, v = (x.cuda() for x in varlen_tensors(lengths, lengths, dtype=torch.bfloat16))
+    cu = offsets(lengths).cuda()
+
+    def call() -> torch.Tensor:
+        torch.full((64,), 2**60 + 12345, device="cuda")  # freed, as it is, at once
+        return flash_attn_varlen_func(q, k, v, cu, cu, 700, 700, causal=True)
+
+    expected = call()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    outs = []
+    for turn in range(40):
+        with torch.cuda.stream(streams[turn % 4]):
+            outs.append(call())
+    torch.cuda.synchronize()
+    assert all(same_bits(out, expected) for out in outs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [call() for _ in range(3)]
+    for _ in range(3):
+        for out in outs:
+            out.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(same_bits(out, expected) for out in outs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -134,10 +134,6 @@ FA_STUB int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) {
   std::memcpy(to, reinterpret_cast<const void*>(from - fa::stub::kDeviceOffset), bytes);
   return result_of("cuMemcpyDtoHAsync_v2");
 }
-FA_STUB int cuMemsetD32Async(uint64_t to, unsigned value, size_t count, void*) {
-  std::fill_n(reinterpret_cast<unsigned*>(to - fa::stub::kDeviceOffset), count, value);
-  return result_of("cuMemsetD32Async");
-}
 FA_STUB int cuStreamSynchronize(void*) { return result_of("cuStreamSynchronize"); }
 FA_STUB int cuStreamIsCapturing(void*, int* status) {
   *status = fa::stub::number("FA_STUB_CAPTURING", 0);

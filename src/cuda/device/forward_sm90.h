@@ -51,7 +51,7 @@ class Consumer90 {
           skip(own.begin - all.begin);
         }
       } else {
-        release(shared_.q_empty(consumer_, q_.stage));
+        release_queries();
         o_.clear();
         softmax_.clear();
         store(tile, softmax_);
@@ -75,6 +75,12 @@ class Consumer90 {
 
   __device__ void release(Barrier empty) const {
     if (lane() == 0) empty.arrive();
+  }
+
+  // And of the descriptions of the tiles before, which all lanes have read.
+  __device__ void release_queries() const {
+    __syncwarp();
+    release(shared_.q_empty(consumer_, q_.stage));
   }
 
   // Lets go of steps of keys that this warpgroup's rows do not see; of their values as well, unless
@@ -136,7 +142,7 @@ class Consumer90 {
     pin(s);
     release(shared_.k_empty(k_.stage));
     k_.advance();
-    if (is_last) release(shared_.q_empty(consumer_, q_.stage));
+    if (is_last) release_queries();
     const OnlineSoftmax<1> before = softmax_;
     if (is_first) softmax_.clear();
     scores_to_probabilities<kSpec>(s, softmax_, args_, tile, tile.tile_row + warp_row(), key_step,
@@ -264,19 +270,23 @@ __global__ void __launch_bounds__(Forward90<kSpec>::kThreads, 1)
   extern __shared__ unsigned char unaligned[];
   __shared__ Tile<kSpec> descriptions[Shared90<kSpec>::kNumTiles];
   __shared__ unsigned long long barriers[Shared90<kSpec>::kNumBarriers];
-  static_assert(sizeof(descriptions) + sizeof(barriers) + kSm90SharedBytes <= 227 * 1024);
+  static_assert(sizeof(descriptions) + sizeof(barriers) + sizeof(SequenceOrder) +
+                    kSm90SharedBytes <=
+                227 * 1024);
   const Shared90<kSpec> shared{
       (shared_address(unaligned) + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment,
       shared_address(barriers), descriptions};
+  __shared__ SequenceOrder order;
   if (threadIdx.x == 0) shared.init();
+  if constexpr (kSpec.varlen) order.sort(args);
   __syncthreads();
   // The consumers first: their warps are whole warpgroups, of which the producer may be a part.
   const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / F::kGroupThreads, 0);
   if (group == F::kConsumers) {
     leave_registers<F::kProducerRegisters>();
-    if (threadIdx.x < F::kConsumers * F::kGroupThreads + Producer90<kSpec>::kThreads) {
-      Producer90<kSpec>(args, maps, shared).run();
-    }
+    const int thread = threadIdx.x - F::kConsumers * F::kGroupThreads;
+    if (thread < Producer90<kSpec>::kThreads) Producer90<kSpec>(args, maps, shared).run();
+    if (thread == 32) Scheduler90<kSpec>(args, shared, &order).run();
   } else {
     take_registers<F::kConsumerRegisters>();
     Consumer90<kSpec>(args, shared, group).run();

@@ -93,9 +93,14 @@ struct ScheduleArgs {
   int num_blocks;  // that a launch of one block per tile (or pair) has; forward_sm90 may have
                    // fewer, each of which takes every gridDim-th
   int paired;      // forward_sm90: a block takes a head's i-th tile and its i-th from the end
-  unsigned int* counter;  // forward_sm90, varlen, not null: the tiles that have been taken, less
-                          // one per block; blocks take tile after tile. 0 at the start.
+  int padding;
+  // forward_sm90, varlen, not null: blocks take tile after tile; how many have been taken, in the
+  // low kTileBits, beside what says that it counts for this launch. Anything else at the start,
+  // and 0 at the end: a memset before each launch took 4 to 8 us on an H100.
+  unsigned long long* counter;
+  unsigned long long ticket;  // low kTileBits: 0; of one launch alone
 };
+inline constexpr int kTileBits = 20;
 
 // How many blocks share the keys of a tile, and where they leave their results for combine_splits:
 // row r of split s, normalised, at o[(s * num_rows + r) * row_elements], and its log-sum-exp at

@@ -14,11 +14,43 @@ struct Choose<false, First, Second> {
   using Type = Second;
 };
 
+// The sequences of a launch, those with most keys first, so that the tiles that run last are short;
+// in their own order where there are more than kMax.
+struct SequenceOrder {
+  static constexpr int kMax = 128;
+  unsigned short keys[kMax];
+  unsigned char batch_at[kMax];
+
+  __device__ static bool sorts(const ForwardArgs& args) { return args.shape.batch <= kMax; }
+
+  // All threads of a block, of which there are kMax at least.
+  __device__ void sort(const ForwardArgs& args) {
+    const int batch = threadIdx.x, num_batches = args.shape.batch;
+    const bool is_one = batch < num_batches;
+    if (!sorts(args)) return;
+    if (is_one) keys[batch] = min(sequence_of(args, batch).seqlen_k, 0xFFFF);
+    __syncthreads();
+    if (!is_one) return;
+    const int own = keys[batch];
+    int place = 0;
+#pragma unroll 8
+    for (int other = 0; other < num_batches; ++other) {
+      place += keys[other] > own || (keys[other] == own && other < batch);
+    }
+    batch_at[place] = batch;
+  }
+
+  __device__ int at(const ForwardArgs& args, int place) const {
+    return sorts(args) ? batch_at[place] : place;
+  }
+};
+
 // Of a launch whose sequences are as long as each other, or that has a block per tile.
 template <KernelSpec kSpec>
 class FixedSchedule {
  public:
-  __device__ explicit FixedSchedule(const ForwardArgs& args) : args_(args), index_(blockIdx.x) {}
+  __device__ FixedSchedule(const ForwardArgs& args, const SequenceOrder*)
+      : args_(args), index_(blockIdx.x) {}
 
   // False: there are no more.
   __device__ bool next(Work& work) {
@@ -42,39 +74,62 @@ class FixedSchedule {
   bool is_second_ = false;
 };
 
-// Of varlen sequences: tiles are numbered from the first sequence's longest on, heads first, and
+// Of varlen sequences: tiles are numbered, each sequence's last rows and heads first, and
 // whichever block is free takes the next.
 template <KernelSpec kSpec>
 class DynamicSchedule {
  public:
-  __device__ explicit DynamicSchedule(const ForwardArgs& args) : args_(args), next_(blockIdx.x) {}
+  __device__ DynamicSchedule(const ForwardArgs& args, const SequenceOrder* order)
+      : args_(args), order_(order) {}
 
   __device__ bool next(Work& work) {
-    const int index = next_;
-    if (index == kNone) return false;
-    // Asked for now, needed when this tile has been loaded.
-    next_ = args_.schedule.counter == nullptr
-                ? kNone
-                : static_cast<int>(atomicAdd(args_.schedule.counter, 1u) + gridDim.x);
+    const int index = is_first_ ? static_cast<int>(blockIdx.x) : take();
+    is_first_ = false;
 #pragma unroll 1
-    for (; batch_ < args_.shape.batch; ++batch_) {
-      const int tiles = (sequence_of(args_, batch_).seqlen_q + kSpec.tile_m - 1) / kSpec.tile_m;
+    for (; place_ < args_.shape.batch; ++place_) {
+      const int batch = order_->at(args_, place_);
+      const int tiles = (sequence_of(args_, batch).seqlen_q + kSpec.tile_m - 1) / kSpec.tile_m;
       const int within = index - first_;
       if (within < tiles * args_.shape.num_heads) {
-        work = {batch_, within % args_.shape.num_heads, tiles - 1 - within / args_.shape.num_heads};
+        work = {batch, within % args_.shape.num_heads, tiles - 1 - within / args_.shape.num_heads};
         return true;
       }
       first_ += tiles * args_.shape.num_heads;
     }
+    // Of each block that had a tile one number has no tile, so that as many are taken as there are
+    // tiles.
+    const bool is_last = index == first_ - 1 + static_cast<int>(gridDim.x);
+    if (is_last && args_.schedule.counter != nullptr) *args_.schedule.counter = 0;
     return false;
   }
 
  private:
+  using Counter = unsigned long long;
   static constexpr int kNone = 0x7FFFFFFF;
+
+  // The number of a tile, behind those that blocks start with. Where the counter does not count for
+  // this launch yet, the first block to find that out makes it count.
+  __device__ int take() const {
+    const ScheduleArgs& schedule = args_.schedule;
+    if (schedule.counter == nullptr) return kNone;
+    Counter taken = atomicAdd(schedule.counter, 1ull);
+#pragma unroll 1
+    while ((taken ^ schedule.ticket) >> kTileBits != 0) {
+      const Counter now = *static_cast<volatile Counter*>(schedule.counter);
+      if ((now ^ schedule.ticket) >> kTileBits == 0) {
+        taken = atomicAdd(schedule.counter, 1ull);
+      } else if (atomicCAS(schedule.counter, now, schedule.ticket + gridDim.x + 1) == now) {
+        return gridDim.x;
+      }
+    }
+    return static_cast<int>(taken & ((1u << kTileBits) - 1));
+  }
+
   const ForwardArgs& args_;
-  int next_;
-  int batch_ = 0;
-  int first_ = 0;  // the number of the first tile of batch_
+  const SequenceOrder* order_;
+  bool is_first_ = true;
+  int place_ = 0;  // of a sequence
+  int first_ = 0;  // the number of its first tile
 };
 
 template <KernelSpec kSpec>

@@ -46,8 +46,8 @@ struct Forward90 {
   static constexpr int kFragments = kSpec.tile_n / 16;
 };
 
-// A tile of rows of one head, as the producer tells it to the consumers. Each of those has 64 rows,
-// and keys of its own that these see.
+// A tile of rows of one head, as the scheduler tells it to the producer and the consumers. Each of
+// those has 64 rows, and keys of its own that these see.
 template <KernelSpec kSpec>
 struct Tile : Block {  // tile_row is negative where there are no more tiles
   KeySteps own_steps[Forward90<kSpec>::kConsumers];
@@ -57,8 +57,9 @@ struct Tile : Block {  // tile_row is negative where there are no more tiles
 template <KernelSpec kSpec>
 struct Shared90 {
   using F = Forward90<kSpec>;
-  static constexpr int kNumBarriers = 2 * F::kConsumers * F::kQStages + 4 * F::kStages;
-  // A consumer stores a tile while it is at the next, and the producer is up to two tiles ahead.
+  static constexpr int kNumBarriers = 2 * F::kConsumers * F::kQStages + 4 * F::kStages + 2;
+  // A consumer stores a tile while it is at the next, the producer is up to two tiles ahead, and
+  // the next one is described.
   static constexpr int kNumTiles = 8;
 
   SharedAddress tiles;        // stages of q of each consumer, then of k, then of v
@@ -83,6 +84,10 @@ struct Shared90 {
     return q_full(consumer, F::kQStages + stage);
   }
 
+  // The next tile is to be described; it is.
+  __device__ Barrier tile_wanted() const { return {barriers + 8 * (kNumBarriers - 2)}; }
+  __device__ Barrier tile_described() const { return {barriers + 8 * (kNumBarriers - 1)}; }
+
   __device__ void init() const {
     constexpr int kGroupWarps = F::kGroupThreads / 32;  // a lane of each arrives
     for (int stage = 0; stage < F::kStages; ++stage) {
@@ -97,6 +102,8 @@ struct Shared90 {
         q_empty(consumer, stage).init(kGroupWarps);
       }
     }
+    tile_wanted().init(1);
+    tile_described().init(1);
     barriers_fence();
   }
 };
