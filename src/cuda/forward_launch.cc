@@ -85,7 +85,7 @@ Status ForwardLaunch::run(const LoadedKernel& kernel, const TensorView& q,
     launch_args.pages.box_rows = static_cast<int>(box_rows(problem_, spec));
     FA_TRY(make_tensor_maps(*device_.driver, q, args, launch_args.pages.box_rows, maps));
   }
-  if (takes_pairs(problem_, kernel.id)) {
+  if (takes_pairs(problem_, kernel.id, device_.properties)) {
     launch_args.schedule.paired = 1;
     launch_args.schedule.num_tiles_m = (launch_args.schedule.num_tiles_m + 1) / 2;
     launch_args.schedule.heads_per_group = 1;

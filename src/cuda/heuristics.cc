@@ -204,71 +204,121 @@ int64_t num_tiles(const AttentionProblem& problem, const KernelSpec& spec) {
          tiles_m(problem, spec);
 }
 
+// Fewer keys take a block of a whole tile about as long as two kernels.
+constexpr int64_t kManyKeys = 512;
+
 bool has_few_queries(const AttentionProblem& problem) {
   constexpr int64_t kFewRows = 64;
   return problem.seqlen_q * (problem.num_heads / problem.num_heads_kv) <= kFewRows;
 }
 
-// Whether the tiles of few queries serve better than those of `spec`: a tile holds all rows of a
-// group, keys are to be shared among blocks, or blocks are far fewer than multiprocessors.
-bool wants_packed(const AttentionProblem& problem, const KernelSpec& spec,
-                  const DeviceProperties& properties) {
-  if (has_few_queries(problem) || problem.num_splits > 1) return true;
-  return problem.num_splits == 0 && 2 * num_tiles(problem, spec) <= properties.multiprocessors;
+// ---- How long attention takes, by a model. ----
+//
+// Its unit is what 32 KiB of keys and values take at a multiprocessor's share of the bandwidth, 1.4
+// us on an H100. There, of 484 problems of 1 to 256 queries, 1024 to 65536 keys, batches of 1 to 16
+// and head_dim 64 to 256, what the models choose took 1.01 times as long as the best of 14 numbers
+// of splits and Hopper's kernel in the geometric mean, and 1.17 times at most.
+
+constexpr double kUnitBytes = 32768.0;
+
+double units_per_step(const AttentionProblem& problem, const KernelSpec& spec) {
+  return static_cast<double>(spec.tile_n * (problem.head_dim + problem.head_dim_v) *
+                             core::byte_size(problem.dtype)) /
+         kUnitBytes;
 }
 
-// Whether Hopper's tiles, some of which leave multiprocessors idle, still serve better than shared
-// keys. On an H100, 32 heads of 128 over 8 for keys, 32768 of them: 128 queries take 376 us for
-// 514, 256 take 378 for 1008, but 64 297 for 267. Of 64, whose tiles have twice the rows for half
-// the work each: 256 queries take 605 us for 494, 2 times 128 425 for 481.
-bool wants_whole_tiles(const AttentionProblem& problem, const KernelSpec& spec,
-                       const DeviceProperties& properties) {
-  if (has_few_queries(problem) || problem.num_splits > 1) return false;
-  const double filled = static_cast<double>(problem.batch * problem.num_heads * problem.seqlen_q) /
-                        static_cast<double>(properties.multiprocessors * spec.tile_m);
-  return filled >= (spec.head_dim > 64 ? 0.2 : 0.4);
+int64_t num_steps(const AttentionProblem& problem, const KernelSpec& spec) {
+  return std::max<int64_t>(core::ceil_div(problem.seqlen_k, spec.tile_n), 1);
 }
 
-// The fewest splits for which a model says about least time. Its unit is what 32 KiB of keys and
-// values take at a multiprocessor's share of the bandwidth, 1.4 us on an H100; a block that has a
-// multiprocessor to itself takes kWaiting for them.
-int num_splits(const AttentionProblem& problem, const KernelId& kernel,
-               const DeviceProperties& properties) {
-  constexpr double kUnitBytes = 32768.0;
+double ratio_up(int64_t items, int64_t size) {
+  return static_cast<double>(core::ceil_div(items, size));
+}
+
+// How long `blocks` wait for their loads and products: a step takes 1.25 in a block that has its
+// multiprocessor to itself, and for each other block there is 0.25 more.
+double waited(int64_t blocks, const KernelId& kernel, const DeviceProperties& properties) {
+  const int64_t beside = blocks_per_multiprocessor(kernel, properties);
+  const int64_t at_once = properties.multiprocessors * beside;
+  const auto step = [](double blocks_beside) { return 1.0 + 0.25 * blocks_beside; };
+  const int64_t rest = blocks % at_once;
+  return static_cast<double>(blocks / at_once) * step(static_cast<double>(beside)) +
+         (rest > 0 ? step(ratio_up(rest, properties.multiprocessors)) : 0.0);
+}
+
+struct SplitTime {
+  int num_splits;
+  double time;
+};
+
+// The fewest splits that take about the least time.
+SplitTime best_splits(const AttentionProblem& problem, const KernelId& kernel,
+                      const DeviceProperties& properties) {
   constexpr int64_t kMaxSplits = 128;
-  constexpr double kWaiting = 1.2;
-  constexpr double kStartAndEnd = 2.0;  // of a block
-  constexpr double kWorthIt = 0.96;
+  constexpr double kProducts = 0.5;     // of 32 rows with the keys and values of a unit
+  constexpr double kStartAndEnd = 1.5;  // of a block
+  constexpr double kWorthIt = 0.97;
   constexpr double kCombine = 2.5;  // and for each 64 splits another 1
-  const auto blocks_over = [](int64_t blocks, int64_t places) {
-    return static_cast<double>(core::ceil_div(blocks, places));
-  };
-  const int64_t tile_n = kernel.spec.tile_n;
-  const int64_t steps = std::max<int64_t>(core::ceil_div(problem.seqlen_k, tile_n), 1);
-  const int64_t tiles = num_tiles(problem, kernel.spec);
-  const int64_t places = properties.multiprocessors;
-  const int64_t at_once = places * blocks_per_multiprocessor(kernel, properties);
-  const double step = static_cast<double>(tile_n * (problem.head_dim + problem.head_dim_v) *
-                                          core::byte_size(problem.dtype)) /
-                      kUnitBytes;
+  const KernelSpec& spec = kernel.spec;
+  const double step = units_per_step(problem, spec);
+  const int64_t steps = num_steps(problem, spec), tiles = num_tiles(problem, spec);
+  // Keys that several tiles read come from the memory once.
+  const double moved =
+      spec.packs ? std::max(1.0 / static_cast<double>(tiles_m(problem, spec)), kProducts) : 1.0;
   // What a split leaves, rows of fp32, is written and read.
-  const int64_t rows = std::min<int64_t>(kernel.spec.tile_m,
-                                         problem.seqlen_q * rows_per_query(problem, kernel.spec));
+  const int64_t rows =
+      std::min<int64_t>(spec.tile_m, problem.seqlen_q * rows_per_query(problem, spec));
   const double result = static_cast<double>(rows * problem.head_dim_v) * 2.0 * 4.0 / kUnitBytes;
-  int best = 1;
-  double least = 0.0;
+  SplitTime best{1, 0.0};
   for (int64_t splits = 1; splits <= std::min(steps, kMaxSplits); ++splits) {
-    const double each = blocks_over(steps, splits) * step;
-    const double moved = blocks_over(tiles * splits, places) * (splits > 1 ? each + result : each);
-    const double waited = kWaiting * blocks_over(tiles * splits, at_once) * (each + kStartAndEnd);
-    const double time = std::max(moved, waited) +
-                        (splits > 1 ? kCombine + static_cast<double>(splits) / 64.0 : 0.0);
-    if (splits == 1 || time < kWorthIt * least) {
-      best = static_cast<int>(splits);
-      least = time;
-    }
+    const int64_t blocks = tiles * splits;
+    const double each = ratio_up(steps, splits) * step;
+    const double busy =
+        ratio_up(blocks, properties.multiprocessors) * (each * moved + (splits > 1 ? result : 0.0));
+    const double idle = waited(blocks, kernel, properties) * (each + kStartAndEnd);
+    const double time =
+        std::max(busy, idle) + (splits > 1 ? kCombine + static_cast<double>(splits) / 64.0 : 0.0);
+    if (splits == 1 || time < kWorthIt * best.time) best = {static_cast<int>(splits), time};
   }
   return best;
+}
+
+// How long the kernel of many queries takes, whose tiles have all keys to themselves.
+double time_of_whole_tiles(const AttentionProblem& problem, const KernelId& kernel,
+                           const DeviceProperties& properties) {
+  constexpr int64_t kWarpgroupRows = 64;
+  constexpr double kStartAndEnd = 2.0, kLaunch = 2.0;
+  const KernelSpec& spec = kernel.spec;
+  const double steps = static_cast<double>(num_steps(problem, spec));
+  const double turns = ratio_up(num_tiles(problem, spec), properties.multiprocessors);
+  if (kernel.family == Family::kForward90) {
+    // A warpgroup's share of a step, and 0.3 of it for each further one.
+    const double key = spec.head_dim > 128 ? 0.0095 : 0.0066;
+    const double warpgroups =
+        ratio_up(std::min<int64_t>(problem.seqlen_q, spec.tile_m), kWarpgroupRows);
+    return turns * (steps * spec.tile_n * key * (0.7 + 0.3 * warpgroups) + kStartAndEnd) + kLaunch;
+  }
+  // Two blocks on a multiprocessor hide some of each other's waits.
+  const double step = turns > 1.0 ? 1.07 * turns : 1.33;
+  return steps * units_per_step(problem, spec) * step + kStartAndEnd + kLaunch;
+}
+
+// The tiles of few queries, whose keys may be shared among blocks, or those of `whole`.
+SplitChoice choose_split_or(const KernelId& whole, const AttentionProblem& problem,
+                            const DeviceProperties& properties) {
+  const KernelSpec spec = choose_sm80(problem, properties).spec;
+  const KernelId packed{Family::kForward80,
+                        spec_packed(spec.element, {spec.head_dim, spec.head_dim_v},
+                                    spec.score == Score::kPlain ? Score::kPlain : Score::kGeneral,
+                                    spec.loader, properties)};
+  const bool few = has_few_queries(problem);
+  const bool is_alone =
+      problem.num_splits == 1 || (problem.num_splits == 0 && problem.seqlen_k < kManyKeys);
+  if (is_alone && !few) return {whole, 1};
+  if (problem.num_splits > 0) return {packed, static_cast<int>(problem.num_splits)};
+  const SplitTime shared = best_splits(problem, packed, properties);
+  if (!few && time_of_whole_tiles(problem, whole, properties) <= shared.time) return {whole, 1};
+  return {packed, shared.num_splits};
 }
 
 }  // namespace
@@ -334,37 +384,20 @@ KernelId choose_sm80(const AttentionProblem& problem, const DeviceProperties& pr
 }
 
 bool wants_split_plan(const AttentionProblem& problem) {
-  // Fewer keys take a block of a whole tile about as long as two kernels.
-  constexpr int64_t kManyKeys = 512;
   if (problem.layout == core::Layout::kCache) return true;
   return problem.dtype != DataType::kFloat32 && !problem.dropout && !problem.wants_s_dmask &&
          problem.seqlen_k >= kManyKeys && has_few_queries(problem);
 }
 
 SplitChoice choose_split(const AttentionProblem& problem, const DeviceProperties& properties) {
-  SplitChoice choice{choose_sm80(problem, properties), 1};
-  if (problem.dtype != DataType::kFloat32) {
-    const KernelSpec& spec = choice.kernel.spec;
-    const KernelSpec packed = spec_packed(
-        spec.element, {spec.head_dim, spec.head_dim_v},
-        spec.score == Score::kPlain ? Score::kPlain : Score::kGeneral, spec.loader, properties);
-    if (wants_packed(problem, spec, properties)) choice.kernel.spec = packed;
-    if (!choice.kernel.spec.packs) return choice;
-  }
-  choice.num_splits = static_cast<int>(problem.num_splits);
-  if (problem.num_splits == 0) {
-    choice.num_splits = num_splits(problem, choice.kernel, properties);
-  }
-  return choice;
+  const KernelId whole = choose_sm80(problem, properties);
+  if (problem.dtype != DataType::kFloat32) return choose_split_or(whole, problem, properties);
+  if (problem.num_splits > 0) return {whole, static_cast<int>(problem.num_splits)};
+  return {whole, best_splits(problem, whole, properties).num_splits};
 }
 
 SplitChoice choose_split_sm90(const AttentionProblem& problem, const DeviceProperties& properties) {
-  const SplitChoice choice = choose_split(problem, properties);
-  const KernelId whole = choose_sm90(problem);
-  if (choice.kernel.spec.packs && !wants_whole_tiles(problem, whole.spec, properties)) {
-    return choice;
-  }
-  return {whole, 1};
+  return choose_split_or(choose_sm90(problem), problem, properties);
 }
 
 KernelId choose_around(Family family, const AttentionProblem& problem) {
@@ -422,8 +455,12 @@ int heads_per_group(const AttentionProblem& problem) {
 
 // Under a causal mask a tile's cost grows with its row; pairs cost the same. On an H100, head_dim
 // 128, 512, 1024 and 4096 tokens: 289, 399 and 536 TFLOP/s, a block per tile 241, 354 and 525.
-bool takes_pairs(const AttentionProblem& problem, const KernelId& kernel) {
-  return kernel.family == Family::kForward90 && !kernel.spec.varlen && !problem.band.unbounded();
+bool takes_pairs(const AttentionProblem& problem, const KernelId& kernel,
+                 const DeviceProperties& properties) {
+  // Tiles that run at once end with the longest: 256 queries of 16 heads over 16384 keys took 375
+  // us in pairs, each of them alone 190.
+  return kernel.family == Family::kForward90 && !kernel.spec.varlen && !problem.band.unbounded() &&
+         num_tiles(problem, kernel.spec) > properties.multiprocessors;
 }
 
 int64_t num_launched(const AttentionProblem&, const KernelId& kernel, int64_t num_blocks,

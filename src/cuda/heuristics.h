@@ -58,7 +58,8 @@ int64_t tiles_m(const core::AttentionProblem& problem, const KernelSpec& spec);
 int heads_per_group(const core::AttentionProblem& problem);
 
 // Whether blocks take pairs of tiles; see ScheduleArgs.
-bool takes_pairs(const core::AttentionProblem& problem, const KernelId& kernel);
+bool takes_pairs(const core::AttentionProblem& problem, const KernelId& kernel,
+                 const DeviceProperties& properties);
 
 // Blocks to launch for `num_blocks` tiles, or pairs of them.
 int64_t num_launched(const core::AttentionProblem& problem, const KernelId& kernel,
