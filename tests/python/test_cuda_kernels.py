@@ -23,6 +23,8 @@ COMPUTE_CAPABILITIES = [75, 80, 90, 100, 120]
 REACHABLE = {75: 110, 80: 211, 90: 281, 100: 211, 120: 211}
 # Bytes: the two sums per 16 rows that a warp keeps between steps; more is a spill that costs.
 ALLOWED_SPILL = 96
+# What the threads of Hopper that find tiles and load pages, with 32 registers, keep: once a tile.
+ALLOWED_SPILL_PAGED = 112
 LINE = re.compile(r"^(\S+): (.*): (\d+) registers, (\d+) bytes spilled(.*)$")
 
 
@@ -112,10 +114,15 @@ def test_every_kernel_compiles(selection, reports):
     assert compiled >= {kernel for list_of in selection.values() for kernel in list_of}
 
 
+def allowed_spill(kernel: str) -> int:
+    paged_on_hopper = "forward_sm90" in kernel and "paged" in kernel
+    return ALLOWED_SPILL_PAGED if paged_on_hopper else ALLOWED_SPILL
+
+
 def test_no_hot_kernel_spills(reports):
     spilled = {key: it[0] for key, it in reports.items() if is_hot(key[1])}
     assert len(spilled) > 50
-    assert {key: n for key, n in spilled.items() if n > ALLOWED_SPILL} == {}
+    assert {key: n for key, n in spilled.items() if n > allowed_spill(key[1])} == {}
 
 
 def test_no_wgmma_is_serialised(reports):
