@@ -22,6 +22,11 @@ from flash_attn._call import Cache, Gradients, Request
 from flash_attn.triton import launch, tiles
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if ON_HOPPER else "cpu"
+describes = pytest.mark.skipif(
+    not (ON_HOPPER or INTERPRETED), reason="tensor descriptors are used on Hopper"
+)
 
 HERE = Path(__file__).parent
 
@@ -127,8 +132,8 @@ def test_splits_are_no_more_than_fill_the_processors(programs, keys, splits, mon
 
 
 def on_device(x: torch.Tensor) -> torch.Tensor:
-    """x on the GPU, between NaN, which must not be read."""
-    space = torch.full((3, *x.shape), float("nan"), dtype=x.dtype, device="cuda")
+    """x where Triton runs, between NaN, which must not be read."""
+    space = torch.full((3, *x.shape), float("nan"), dtype=x.dtype, device=DEVICE)
     space[1] = x
     return space[1]
 
@@ -140,10 +145,10 @@ def on_device(x: torch.Tensor) -> torch.Tensor:
     [{}, {"causal": True}, {"window_size": (30, 5)}, {"softcap": 5.0, "attn_bias": torch.ones(1)}],
     ids=["plain", "causal", "window", "options"],
 )
-@pytest.mark.skipif(not ON_HOPPER, reason="tensor descriptors are used on Hopper")
+@describes
 def test_problems_of_any_size_may_be_described(options, head_dim, dtype, all_are_described):
     q, k, v = tensors(2, 150, 210, head_dim=head_dim, dtype=dtype)
-    there = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    there = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
     out, lse, _ = flash_attn_func(*map(on_device, (q, k, v)), return_attn_probs=True, **there)
     assert any(choice.kind == tiles.DESCRIBED for choice in tiles._chosen)
     bound = out_bound(q, 210, options)
@@ -153,10 +158,10 @@ def test_problems_of_any_size_may_be_described(options, head_dim, dtype, all_are
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("case", test_backward.CASES)
-@pytest.mark.skipif(not ON_HOPPER, reason="tensor descriptors are used on Hopper")
+@describes
 def test_gradients_of_any_size_may_be_described(case, head_dim, dtype, all_are_described):
     def function(q, k, v, **options):
-        there = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+        there = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
         return flash_attn_func(*map(on_device, (q, k, v)), **there).cpu()
 
     inputs = dict(zip("qkv", tensors(2, 150, 210, head_dim=head_dim, dtype=dtype)))
@@ -173,10 +178,11 @@ def test_the_suites_hold_in_the_interpreter():
         "(dense_meets and (window or everything or of_zero) or head_dim and 3-5 or empty_problems"
         " or without_visible or pages_equal or dense_gradients and (dropout or alibi)"
         " or attn_bias_has and shape1 or sink_has or nan_past or dropout_meets and 0.5"
-        " or many_splits or token_by_token and 16 and halves and dtype1 or rows_and_left)"
-        " and not bfloat16 and not dtype2"
+        " or many_splits or token_by_token and 16 and halves and dtype1 or rows_and_left"
+        " or may_be_described and (options-64 or window-64 or alibi-128)) and not bfloat16"
+        " and not dtype2"
     )
-    files = ["forward", "backward", "exact", "kvcache", "dropout"]
+    files = ["forward", "backward", "exact", "kvcache", "dropout", "triton"]
     command = [sys.executable, "-m", "pytest", "-q", "--backend", "triton", "-k", sample]
     command += ["-W", "ignore::RuntimeWarning", *(str(HERE / f"test_{f}.py") for f in files)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -197,7 +197,8 @@ def first_that_fits(
     if tile is None and _environment.autotunes():
         tile = _tuned(choice, lambda tile: run(prepare(tile)))
     if vendor(choice.device) == "interpreter":
-        return prepare(_INTERPRETED)
+        _chosen[choice] = _INTERPRETED._replace(described=kind in _UNDESCRIBED)
+        return prepare(_chosen[choice])
     if tile is None:
         tile = from_table(kind, vendor(choice.device), choice.dtype.itemsize, max(dims))
     for smaller_tile in smaller(tile):
