@@ -148,12 +148,16 @@ class ForwardPlan final : public core::Plan {
  public:
   ForwardPlan(const AttentionProblem& problem, const InstructionSet& set)
       : problem_(problem), set_(set) {
-    for (const int kind : {0, 1, 2, 3}) {
-      const Cut cut(problem, set, kind % 2 != 0, kind / 2 != 0, problem.seqlen_k);
-      shared_floats_ = std::max(shared_floats_, SharedLayout(problem, set.panel, cut).total);
-      scratch_floats_ =
-          std::max(scratch_floats_,
-                   ForwardScratch::layout(problem, cut.panels_per_task, set.tile_keys).total);
+    // A call's keys may be fewer than the problem has room for, so that they are not split; then
+    // their tiles may be packed, which those of splits are not.
+    for (const int64_t seqlen_k : {problem.seqlen_k, int64_t{0}}) {
+      for (const int kind : {0, 1, 2, 3}) {
+        const Cut cut(problem, set, kind % 2 != 0, kind / 2 != 0, seqlen_k);
+        shared_floats_ = std::max(shared_floats_, SharedLayout(problem, set.panel, cut).total);
+        scratch_floats_ =
+            std::max(scratch_floats_,
+                     ForwardScratch::layout(problem, cut.panels_per_task, set.tile_keys).total);
+      }
     }
     scratch_floats_ = std::max(scratch_floats_,
                                kMaxHeadsTogether * ForwardScratch::for_few_queries(problem).total);
