@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import (
     DTYPES,
+    OUT_BOUND,
     check_dense,
     check_varlen,
     chosen,
@@ -156,6 +157,19 @@ def test_varlen_options_meet_the_oracle():
         attn_bias=torch.randn(3, 1, 40, 100),
         learnable_sink=torch.randn(4),
     )
+
+
+@pytest.mark.parametrize("name,dtype", served(), ids=str)
+def test_a_larger_max_seqlen_changes_nothing(name, dtype, monkeypatch):
+    monkeypatch.setenv("FLASH_ATTENTION_BACKEND", name)
+    lengths_q, lengths_k = [65, 130, 1], [97, 131, 200]
+    q, k, v = varlen_tensors(lengths_q, lengths_k, head_dim=72, dtype=dtype)
+    cu_seqlens = offsets(lengths_q), offsets(lengths_k)
+    tight, loose = (
+        flash_attn_varlen_func(q, k, v, *cu_seqlens, 130 + more, 200 + more, causal=True)
+        for more in (0, 1000)
+    )
+    assert (tight - loose).abs().max() <= 2 * OUT_BOUND[dtype]
 
 
 def test_max_seqlen_may_be_a_tensor():
