@@ -226,6 +226,7 @@ def test_the_two_languages_mirror_each_other():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_a_pages_figures_are_those_of_its_json(page, tmp_path):
     assert report.update_page(page) == page.read_text()
+    assert "`flash-attn-plus bench --" in page.read_text()
     bare = tmp_path / "bare.md"
     bare.write_text("# Nothing\n")
     with pytest.raises(ValueError, match="no block"):
