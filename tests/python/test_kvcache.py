@@ -94,6 +94,27 @@ def test_many_splits_equal_one():
     assert (one - many).abs().max() <= TOLERANCE[q.dtype]
 
 
+@pytest.mark.parametrize("sink", [-torch.inf, 0.5, 9.0])
+def test_a_sink_counts_once_however_many_splits(sink):
+    """Behind 30 keys, splits from the fifth on see none."""
+    q, k, v = normal(2, 3, 4, 16, seed=1), normal(2, 90, 2, 16, seed=2), normal(2, 90, 2, 16)
+    sinks = torch.tensor([sink, 0.0, 1.0, sink])
+    one, many = (
+        flash_attn_with_kvcache(
+            q,
+            k,
+            v,
+            cache_seqlens=lengths(30, 90),
+            learnable_sink=sinks,
+            num_splits=n,
+            return_softmax_lse=True,
+        )
+        for n in (1, 7)
+    )
+    for a, b in zip(one, many):
+        assert (a - b).abs().max() <= TOLERANCE[q.dtype]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_decoding_equals_the_whole_sequence(seed):
     """Rows of several lengths, anywhere in the cache, behind padding, in steps of random lengths

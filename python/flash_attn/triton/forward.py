@@ -227,7 +227,8 @@ def forward_kernel(
                 OPTIONS, PAGE_SIZE, DIMS, BLOCK_N,
             )  # fmt: skip
 
-    if SINK is not None:
+    # It joins the softmax once: that of splits when they are combined.
+    if SINK is not None and not SPLIT:
         sink = tl.load(SINK + head).to(tl.float32) * LOG2E
         higher = tl.maximum(greatest, sink)
         shift = tl.where(higher == float("-inf"), 0.0, higher)
