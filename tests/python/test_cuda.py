@@ -599,7 +599,8 @@ def step(new: list[torch.Tensor], k_cache: torch.Tensor, v_cache: torch.Tensor) 
 def test_prompts_over_caches_equal_dense_bitwise(
     name, rotates, options, head_dim, page_size, dtype
 ):
-    """Chunks of 300 tokens behind cached ones, in caches whose unused part is NaN."""
+    """Chunks of 300 tokens behind cached ones, in caches whose unused part is NaN. Shared
+    keys, which may be chosen, agree within rounding."""
     options = dict(OPTIONS[options])
     if "alibi_slopes" in options:
         options["alibi_slopes"] = torch.rand(8, generator=torch.Generator().manual_seed(3))
@@ -629,11 +630,16 @@ def test_prompts_over_caches_equal_dense_bitwise(
         layout |= {"rotary_cos": ones, "rotary_sin": ones * 0}
     k_new, v_new = (torch.stack([x[b, n : n + new] for b, n in enumerate(cached)]) for x in (k, v))
     inputs = (q, k_cache, v_cache, k_new, v_new)
-    out = serve(flash_attn_with_kvcache, inputs, {**layout, **options}).cpu()
+    whole, chosen = (
+        serve(flash_attn_with_kvcache, inputs, {**layout, **options, "num_splits": n}).cpu()
+        for n in (1, 0)
+    )
+    tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     for b, n in enumerate(cached):
         keys = k[b : b + 1, : n + new], v[b : b + 1, : n + new]
         expected, _ = run(flash_attn_func, (q[b : b + 1], *keys), options)
-        assert same_bits(out[b : b + 1], expected), b
+        assert same_bits(whole[b : b + 1], expected), b
+        assert (chosen[b : b + 1] - expected).abs().max() <= tolerance, b
 
 
 def test_prompts_behind_padding_in_pages(name):
