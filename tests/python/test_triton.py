@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,15 +18,19 @@ import triton
 from support import assert_close, out_bound, tensors
 from triton_targets import TARGETS, call, launches_compile
 
-from flash_attn import dlpack, flash_attn_func
+from flash_attn import _backends, dlpack, flash_attn_func, flash_attn_with_kvcache
 from flash_attn._call import Cache, Gradients, Request
-from flash_attn.triton import launch, tiles
+from flash_attn.triton import counters, launch, tiles
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if ON_HOPPER else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 describes = pytest.mark.skipif(
     not (ON_HOPPER or INTERPRETED), reason="tensor descriptors are used on Hopper"
+)
+
+triton_runs = pytest.mark.skipif(
+    not (torch.cuda.is_available() or INTERPRETED), reason="needs a GPU, or Triton's interpreter"
 )
 
 HERE = Path(__file__).parent
@@ -74,9 +79,10 @@ def test_every_kernel_compiles(name):
     with launches_compile(TARGETS[name], 128 if name == "sm_90" else 32) as compiled:
         launch_all_kernels()
     names = {kernel.name for kernel in compiled}
-    assert names == {
+    # Where a program combines the splits of others, there is no launch for it.
+    combined = {"combine_kernel"} if TARGETS[name].vendor == "amd" else set()
+    assert names == combined | {
         "forward_kernel",
-        "combine_kernel",
         "place_kernel",
         "terms_kernel",
         "key_gradient_kernel",
@@ -99,6 +105,14 @@ def all_are_described(monkeypatch):
     monkeypatch.setattr(launch, "_DESCRIBED_FROM", 0)
     monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(tiles, "_chosen", {})
+    monkeypatch.setenv("FLASH_ATTENTION_BACKEND", "triton")
+
+
+@pytest.fixture
+def only_triton(monkeypatch):
+    """Plans of this test's own."""
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(_backends, "_taken", {})
     monkeypatch.setenv("FLASH_ATTENTION_BACKEND", "triton")
 
 
@@ -170,6 +184,66 @@ def test_gradients_of_any_size_may_be_described(case, head_dim, dtype, all_are_d
     assert any(choice.kind == tiles.DESCRIBED_KEY_GRADIENT for choice in tiles._chosen)
 
 
+def decoding(heads: int = 6, queries: int = 2, keys: int = 150, head_dim: int = 40):
+    """A function of (q, num_splits) that attends to a cache where Triton runs, and the shape of q.
+    The second sequence has so few keys that most splits see none."""
+    k, v = (x.to(DEVICE) for x in tensors(2, 1, keys, 2, 2, head_dim)[1:])
+    lengths = int32(keys - 7, 20).to(DEVICE)
+
+    def attend(q, num_splits):
+        return flash_attn_with_kvcache(
+            q, k, v, cache_seqlens=lengths, num_splits=num_splits, causal=True
+        )
+
+    return attend, (2, queries, heads, head_dim)
+
+
+@triton_runs
+@pytest.mark.parametrize("one_launch", [True, False], ids=["one_launch", "two_launches"])
+def test_every_call_counts_its_splits_anew(one_launch, only_triton, monkeypatch):
+    monkeypatch.setattr(tiles, "combines_in_one_launch", lambda device: one_launch)
+    attend, shape = decoding()
+    for splits in (5, 3, 17, 5):
+        q = torch.randn(shape, device=DEVICE)
+        whole, out = attend(q, 1), attend(q, splits)
+        assert (out - whole).abs().max() <= 1e-5, splits
+        assert torch.equal(out, attend(q, splits)), splits
+
+
+def test_captured_launches_and_streams_have_counters_of_their_own():
+    of = counters._Counters(torch.device("cpu"))
+    taken = [of.of_stream(1, 8), of.of_stream(2, 8), of.captured(8), of.captured(8)]
+    taken += [of.of_stream(1, 2000), of.captured(counters._PIECE + 1), of.captured(8)]
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in taken)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    assert not any(x.any() for x in taken)
+    assert of.of_stream(1, 9).data_ptr() == taken[4].data_ptr()
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU whose programs combine splits")
+def test_graphs_and_calls_combine_their_splits_beside_each_other(only_triton):
+    attend, shape = decoding(64, 1, 3000, 128)
+    qs = [torch.randn(shape, device=DEVICE) for _ in range(3)]
+    expected = [attend(q, 13) for q in qs]
+    torch.cuda.synchronize()
+    graphs, outs = [torch.cuda.CUDAGraph() for _ in qs[:2]], []
+    for graph, q in zip(graphs, qs):
+        with torch.cuda.graph(graph):
+            outs.append([attend(q, 13) for _ in range(5)])
+    assert torch.equal(attend(qs[2], 13), expected[2])
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    called = []
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            called.append(attend(qs[2], 13))
+    torch.cuda.synchronize()
+    for several, one in zip((*outs, called), expected):
+        assert all(torch.equal(out, one) for out in several)
+
+
 def test_the_suites_hold_in_the_interpreter():
     """A sample of each, in fp32 and fp16; `pytest --backend triton --device cuda` runs them whole.
 
@@ -179,8 +253,8 @@ def test_the_suites_hold_in_the_interpreter():
         " or without_visible or pages_equal or dense_gradients and (dropout or alibi)"
         " or attn_bias_has and shape1 or sink_has or nan_past or dropout_meets and 0.5"
         " or many_splits or token_by_token and 16 and halves and dtype1 or rows_and_left"
-        " or may_be_described and (options-64 or window-64 or alibi-128)) and not bfloat16"
-        " and not dtype2"
+        " or counts_its_splits or may_be_described and (options-64 or window-64 or alibi-128))"
+        " and not bfloat16 and not dtype2"
     )
     files = ["forward", "backward", "exact", "kvcache", "dropout", "triton"]
     command = [sys.executable, "-m", "pytest", "-q", "--backend", "triton", "-k", sample]

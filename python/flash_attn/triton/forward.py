@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .combine import combine_by_the_last
 from .vocabulary import (
     LN2,
     LOG2E,
@@ -105,6 +106,9 @@ def forward_kernel(
     V,
     OUT,
     LSE,
+    PARTIAL,
+    PARTIAL_LSE,
+    ENDED,
     CU_Q,
     CU_K,
     USED_K,
@@ -127,11 +131,9 @@ def forward_kernel(
     stride_v_batch,
     stride_v,
     stride_v_head,
-    stride_out_split,
     stride_out_batch,
     stride_out,
     stride_out_head,
-    stride_lse_split,
     stride_lse_batch,
     stride_lse_head,
     stride_table,
@@ -142,6 +144,7 @@ def forward_kernel(
     stride_bias_j,
     seqlen_q,
     seqlen_k,
+    num_tokens,
     num_heads,
     heads_per_kv,
     num_splits,
@@ -160,9 +163,13 @@ def forward_kernel(
     DIMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    COMBINED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """Program: (batch, head or group of heads, split, block of rows), the last one fastest. With
-    SPLIT, OUT and LSE are workspaces in fp32, and LSE is in log2. DESCRIBED: Q, K and V are tensor
+    SPLIT, results go to PARTIAL and PARTIAL_LSE (see combine). With ENDED, which counts the splits
+    of a block that have ended and is 0 before and after, the last of them combines all, COMBINED
+    rows and AT_ONCE splits at a time. DESCRIBED: Q, K and V are tensor
     descriptors, of boxes [1, BLOCK, 1, head_dim]."""
     program = tl.program_id(0)
     # The last queries see the most keys under a causal mask: they begin first.
@@ -242,16 +249,35 @@ def forward_kernel(
         factor = factor * keep_scale
     acc = acc * factor[:, None]
     log_sum = greatest + tl.log2(tl.where(empty, 1.0, total))
-    if SPLIT:
-        log_sum = tl.where(empty, float("-inf"), log_sum)
-    else:
-        log_sum = tl.where(empty, float("inf"), log_sum * LN2)
-
-    token = tl.cast(q_begin, tl.int64) + i
     d = tl.arange(0, DIMS.padded_v)
-    OUT += split * stride_out_split + tl.cast(batch, tl.int64) * stride_out_batch
-    out = OUT + token[:, None] * stride_out + head[:, None] * stride_out_head + d[None, :]
-    tl.store(out, acc.to(OUT.dtype.element_ty), mask=real[:, None] & (d < DIMS.v)[None, :])
-    if LSE is not None:
-        LSE += split * stride_lse_split + tl.cast(batch, tl.int64) * stride_lse_batch
-        tl.store(LSE + head.to(tl.int64) * stride_lse_head + token, log_sum, mask=real)
+    mask = real[:, None] & (d < DIMS.v)[None, :]
+    first_token = tl.cast(q_begin, tl.int64)
+    if SPLIT:
+        first_partial_token = first_token
+        if CU_Q is None:
+            first_partial_token += tl.cast(batch, tl.int64) * seqlen_q
+        of_split = tl.cast(split, tl.int64) * num_tokens * num_heads
+        token = first_partial_token + i
+        part = PARTIAL + (of_split + token * num_heads + head)[:, None] * DIMS.v + d[None, :]
+        tl.store(part, acc, mask=mask)
+        part_lse = PARTIAL_LSE + of_split + head.to(tl.int64) * num_tokens + token
+        tl.store(part_lse, tl.where(empty, float("-inf"), log_sum), mask=real)
+        if ENDED is not None:
+            combine_by_the_last(
+                OUT, LSE, PARTIAL, PARTIAL_LSE,
+                ENDED + (batch * groups + first_head // GROUP) * num_blocks + block, SINK,
+                batch, first_head, first_token, first_partial_token,
+                block * BLOCK_M, tl.minimum(len_q * GROUP - block * BLOCK_M, BLOCK_M),
+                (stride_out_batch, stride_out, stride_out_head, stride_lse_batch, stride_lse_head),
+                num_tokens, num_heads, num_splits,
+                GROUP, COMBINED, AT_ONCE, DIMS.v, DIMS.padded_v,
+            )  # fmt: skip
+    else:
+        token = first_token + i
+        OUT += tl.cast(batch, tl.int64) * stride_out_batch
+        out = OUT + token[:, None] * stride_out + head[:, None] * stride_out_head + d[None, :]
+        tl.store(out, acc.to(OUT.dtype.element_ty), mask=mask)
+        if LSE is not None:
+            LSE += tl.cast(batch, tl.int64) * stride_lse_batch
+            log_sum = tl.where(empty, float("inf"), log_sum * LN2)
+            tl.store(LSE + head.to(tl.int64) * stride_lse_head + token, log_sum, mask=real)

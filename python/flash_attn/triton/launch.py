@@ -20,7 +20,7 @@ except ImportError:  # before release 3.3
 
 from .._call import Cache, Call, Gradients, Request
 from .._composition import write_s_dmask, write_sink_gradient
-from . import tiles
+from . import counters, tiles
 from .arguments import (
     features,
     lse_strides,
@@ -42,7 +42,8 @@ from .tiles import Tile
 _MAX_GROUPED_QUERIES = 16
 _MAX_SPLITS = 128
 _ENOUGH_OF_THE_FASTEST = 0.9
-_COMBINED_AT_ONCE = 32
+_COMBINED_AT_ONCE = 16
+_COMBINED_BY_A_WARP = 2048  # fp32: 64 registers a thread
 _TERMS_ROWS = 64
 # Terms of the rows are padded to what every tile of queries divides.
 _LARGEST_TILE = 128
@@ -152,12 +153,14 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
     packed = group if decodes else 1
     rows = call.longest_q * packed
     values = scores(call) | strides("q", call.q) | strides("k", call.k)
-    values |= strides("v", call.v) | {
+    values |= strides("v", call.v) | strides("out", call.out) | lse_strides(call.lse)
+    values |= {
         # Where it is 0, -inf times it were no number.
         "scale": max(float(call.scale), _SMALLEST_SCALE),
         "stride_table": 0 if call.block_table is None else call.block_table.stride(0),
         "seqlen_q": call.longest_q,
         "seqlen_k": call.longest_k if cache is None else cache.seqlen_new,
+        "num_tokens": _num_tokens(call),
         "num_heads": heads,
         "heads_per_kv": group,
         "GROUP": packed,
@@ -169,30 +172,27 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
         blocks = _blocks(rows, block_m)
         programs = call.batch * heads // packed * blocks
         splits = _num_splits(call, cache, programs, tile.n) if decodes or cache else 1
-        if splits == 1:
-            outputs = strides("out", call.out) | lse_strides(call.lse)
-            outputs |= {"stride_out_split": 0, "stride_lse_split": 0}
-        else:
-            outputs = _workspace_strides(call)
+        at_once = splits > 1 and tiles.combines_in_one_launch(call.q.device)
         launch = _Launch(
             forward_kernel,
             programs * splits,
             values
-            | outputs
             | {"num_splits": splits, "num_blocks": blocks, "SPLIT": splits > 1}
-            | {"BLOCK_M": block_m, "BLOCK_N": tile.n, "DESCRIBED": tile.described},
+            | {"BLOCK_M": block_m, "BLOCK_N": tile.n, "DESCRIBED": tile.described}
+            | _combined(call, rows, tile),
             tile,
         )
-        combine = _combine_launch(call, splits) if splits > 1 else None
+        combine = _combine_launch(call, splits) if splits > 1 and not at_once else None
 
         def attend(call: Call, cache: Cache | None) -> None:
-            out, lse = (call.out, call.lse) if splits == 1 else _workspaces(call, splits)
+            partial, partial_lse = (None, None) if splits == 1 else _workspaces(call, splits)
+            ended = counters.zeros(call.q.device, programs) if at_once else None
             bias = call.attn_bias
             q, k, v = call.q, call.k, call.v
             if tile.described:
                 q, k, v = _box(q, block_m), _box(k, tile.n), _box(v, tile.n)
             launch(
-                *(q, k, v, out, lse),
+                *(q, k, v, call.out, call.lse, partial, partial_lse, ended),
                 *(call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k),
                 *(
                     (None,) * 3
@@ -203,7 +203,10 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
                 *words(call),
             )
             if combine is not None:
-                combine(out, lse, call.out, call.lse, call.cu_seqlens_q, call.learnable_sink)
+                combine(
+                    *(partial, partial_lse, call.out, call.lse),
+                    *(call.cu_seqlens_q, call.learnable_sink),
+                )
 
         return attend
 
@@ -268,25 +271,17 @@ def _workspaces(call: Call, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return out, torch.empty((splits, heads, tokens), **new)
 
 
-def _workspace_strides(call: Call) -> dict[str, int]:
-    tokens, heads, dv = _num_tokens(call), call.q.size(-2), call.v.size(-1)
-    per_entry = 0 if call.varlen else call.q.size(1)
-    return {
-        "stride_out_split": tokens * heads * dv,
-        "stride_out_batch": per_entry * heads * dv,
-        "stride_out": heads * dv,
-        "stride_out_head": dv,
-        "stride_lse_split": heads * tokens,
-        "stride_lse_batch": per_entry,
-        "stride_lse_head": tokens,
-    }
+def _combined(call: Call, rows: int, tile: Tile) -> dict[str, int]:
+    """How many splits, and rows of them, a program combines at once: what its registers hold."""
+    at_once = _COMBINED_AT_ONCE
+    elements = at_once * padded(call.v.size(-1))
+    room = max(1, _COMBINED_BY_A_WARP * tile.warps // elements)
+    return {"AT_ONCE": at_once, "COMBINED": min(triton.next_power_of_2(rows), room)}
 
 
 def _combine_launch(call: Call, splits: int) -> _Launch:
     tokens, heads, dv = _num_tokens(call), call.q.size(-2), call.v.size(-1)
     values = {
-        "stride_partial_split": tokens * heads * dv,
-        "stride_lse_split": heads * tokens,
         **strides("out", call.out),
         **lse_strides(call.lse),
         "num_tokens": tokens,
@@ -294,7 +289,7 @@ def _combine_launch(call: Call, splits: int) -> _Launch:
         "num_heads": heads,
         "batch_size": call.batch,
         "num_splits": splits,
-        "AT_ONCE": min(_COMBINED_AT_ONCE, triton.next_power_of_2(splits)),
+        "AT_ONCE": _COMBINED_AT_ONCE,
         "DV": dv,
         "BLOCK_DV": padded(dv),
     }

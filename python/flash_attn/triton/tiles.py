@@ -87,6 +87,8 @@ _TABLES: dict[str, dict[str, dict[int, Tile]]] = {
         QUERY_GRADIENT: {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
     },
 }
+# AMD's barrier waits for shared memory alone: stores of other waves may be under way still.
+_COMBINES_IN_ONE_LAUNCH = ("hopper", "nvidia", "interpreter")
 # Exact products of fp32 run without matrix units, from registers.
 _FP32 = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 _BIAS_GRADIENT = {64: Tile(32, 64, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
@@ -121,6 +123,12 @@ def vendor(device: torch.device) -> str:
     if device.type == "cuda":
         return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "nvidia"
     return "other"
+
+
+def combines_in_one_launch(device: torch.device) -> bool:
+    """Whether a program may read what programs beside it in the launch have written and counted:
+    whether the vendor's Triton orders the stores of a whole program before its atomic."""
+    return vendor(device) in _COMBINES_IN_ONE_LAUNCH
 
 
 @functools.cache
