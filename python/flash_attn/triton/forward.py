@@ -166,7 +166,7 @@ def forward_kernel(
     COMBINED: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Program: (batch, head or group of heads, split, block of rows), the last one fastest. With
+    """Program: (batch, head or group of heads, block of rows), the last one fastest; split. With
     SPLIT, results go to PARTIAL and PARTIAL_LSE (see combine). With ENDED, which counts the splits
     of a block that have ended and is 0 before and after, the last of them combines all, COMBINED
     rows and AT_ONCE splits at a time. DESCRIBED: Q, K and V are tensor
@@ -175,10 +175,7 @@ def forward_kernel(
     # The last queries see the most keys under a causal mask: they begin first.
     block = num_blocks - 1 - program % num_blocks
     program = program // num_blocks
-    split = 0
-    if SPLIT:
-        split = program % num_splits
-        program = program // num_splits
+    split = tl.program_id(1)
     groups = num_heads // GROUP
     first_head = program % groups * GROUP
     batch = program // groups

@@ -89,12 +89,14 @@ def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 class _Launch:
     """One kernel with all arguments but the first, those that differ from call to call."""
 
-    def __init__(self, kernel: Any, programs: int, values: dict[str, Any], tile: Tile) -> None:
+    def __init__(
+        self, kernel: Any, programs: int, values: dict[str, Any], tile: Tile, splits: int = 1
+    ) -> None:
         names = kernel.arg_names
         self.num_first = sum(name not in values for name in names)
         assert all(name not in values for name in names[: self.num_first])
         self.rest = tuple(values[name] for name in names[self.num_first :])
-        self.kernel, self.grid = kernel, (programs, 1, 1)
+        self.kernel, self.grid = kernel, (programs, splits, 1)
         self.options = {"num_warps": tile.warps, "num_stages": tile.stages}
         if tile.registers:
             self.options["maxnreg"] = tile.registers
@@ -175,12 +177,13 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
         at_once = splits > 1 and tiles.combines_in_one_launch(call.q.device)
         launch = _Launch(
             forward_kernel,
-            programs * splits,
+            programs,
             values
             | {"num_splits": splits, "num_blocks": blocks, "SPLIT": splits > 1}
             | {"BLOCK_M": block_m, "BLOCK_N": tile.n, "DESCRIBED": tile.described}
             | _combined(call, rows, tile),
             tile,
+            splits,
         )
         combine = _combine_launch(call, splits) if splits > 1 and not at_once else None
 
