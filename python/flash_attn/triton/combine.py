@@ -1,6 +1,6 @@
 """The end of a forward in splits: their results, weighed by their shares of the softmax.
 
-PARTIAL [splits, tokens, H, Dv] and PARTIAL_LSE [splits, H, tokens], in log2, -inf where a split has
+PARTIAL [tokens, H, splits, Dv] and PARTIAL_LSE [tokens, H, splits], in log2, -inf where a split has
 no visible key, are fp32 workspaces.
 """
 
@@ -14,19 +14,19 @@ from .vocabulary import LN2, LOG2E
 
 @triton.jit
 def combine(
-    PARTIAL, PARTIAL_LSE, SINK, out, lse, token, head, real, num_tokens, num_heads, num_splits,
+    PARTIAL, PARTIAL_LSE, SINK, out, lse, token, head, real, num_heads, num_splits,
     AT_ONCE: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Rows of all splits, in their order: `token`, `head` and `real`, whether there is such a row,
     are [rows]; so are the addresses `out` of a result's first element, and `lse`, or None.
 
     Loads pass by the first level of cache, which does not see what other programs write."""
-    d = tl.arange(0, BLOCK_DV)
     ROWS: tl.constexpr = token.shape[0]
-    wide = tl.cast(token, tl.int64)
-    part_of = (wide * num_heads + head) * DV
-    lse_of = tl.cast(head, tl.int64) * num_tokens + wide
-    stride = tl.cast(num_tokens, tl.int64) * num_heads
+    d = tl.arange(0, BLOCK_DV)
+    row = (tl.cast(token, tl.int64) * num_heads + head) * num_splits
+    parts_of = PARTIAL + row[:, None] * DV + d[None, :]
+    lses_of = PARTIAL_LSE + row
+    mask = real[:, None] & (d < DV)[None, :]
     acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
     greatest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -34,33 +34,31 @@ def combine(
         greatest = tl.load(SINK + head).to(tl.float32) * LOG2E
         total = tl.where(greatest == float("-inf"), 0.0, 1.0)
     # Loads of several splits, and of their lse, are under way at once: one after the other, each
-    # waits for memory.
+    # waits for memory. A tensor of each, in place of one of all, leaves sums to single threads.
     for first in tl.range(0, num_splits, AT_ONCE):
-        split = first + tl.arange(0, AT_ONCE)
-        there = (split < num_splits)[:, None] & real[None, :]
-        split = split.to(tl.int64)[:, None] * stride
-        part_lse = tl.load(
-            PARTIAL_LSE + split + lse_of[None, :],
-            mask=there,
-            other=float("-inf"),
-            cache_modifier=".cg",
-        )
-        part = tl.load(
-            PARTIAL + (split * DV + part_of[None, :])[:, :, None] + d[None, None, :],
-            mask=there[:, :, None] & (d < DV)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )  # [splits, rows, Dv]
-        higher = tl.maximum(greatest, tl.max(part_lse, 0))
+        lses = ()
+        parts = ()
+        for n in tl.static_range(AT_ONCE):
+            there = first + n < num_splits
+            lse_of, part_of = lses_of + n, parts_of + n * DV
+            lses += (tl.load(lse_of, real & there, float("-inf"), cache_modifier=".cg"),)
+            parts += (tl.load(part_of, mask & there, 0.0, cache_modifier=".cg"),)
+        lses_of += AT_ONCE
+        parts_of += AT_ONCE * DV
+        higher = greatest
+        for n in tl.static_range(AT_ONCE):
+            higher = tl.maximum(higher, lses[n])
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp2(greatest - shift)
-        weights = tl.exp2(part_lse - shift[None, :])
-        total = total * shrink + tl.sum(weights, 0)
-        acc = acc * shrink[:, None] + tl.sum(part * weights[:, :, None], 0)
+        total = total * shrink
+        acc = acc * shrink[:, None]
+        for n in tl.static_range(AT_ONCE):
+            weight = tl.exp2(lses[n] - shift)
+            total += weight
+            acc += parts[n] * weight[:, None]
         greatest = higher
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    mask = real[:, None] & (d < DV)[None, :]
     tl.store(out[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
     if lse is not None:
         log_sum = greatest + tl.log2(tl.where(empty, 1.0, total))
@@ -71,7 +69,7 @@ def combine(
 def combine_by_the_last(
     OUT, LSE, PARTIAL, PARTIAL_LSE, ENDED, SINK,
     batch, first_head, first_token, first_partial_token, first_row, num_rows,
-    strides, num_tokens, num_heads, num_splits,
+    strides, num_heads, num_splits,
     GROUP: tl.constexpr, COMBINED: tl.constexpr, AT_ONCE: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +93,7 @@ def combine_by_the_last(
                 lse += head.to(tl.int64) * strides[4] + first_token + i
             combine(
                 PARTIAL, PARTIAL_LSE, SINK, out, lse, first_partial_token + i, head,
-                within < num_rows, num_tokens, num_heads, num_splits, AT_ONCE, DV, BLOCK_DV,
+                within < num_rows, num_heads, num_splits, AT_ONCE, DV, BLOCK_DV,
             )  # fmt: skip
 
 
@@ -112,7 +110,6 @@ def combine_kernel(
     stride_out_head,
     stride_lse_batch,
     stride_lse_head,
-    num_tokens,
     seqlen_q,
     num_heads,
     batch_size,
@@ -138,5 +135,5 @@ def combine_kernel(
         lse = LSE + batch * stride_lse_batch + head * stride_lse_head + within
     combine(
         PARTIAL, PARTIAL_LSE, SINK, out, lse, token, head, token >= 0,
-        num_tokens, num_heads, num_splits, AT_ONCE, DV, BLOCK_DV,
+        num_heads, num_splits, AT_ONCE, DV, BLOCK_DV,
     )  # fmt: skip

@@ -144,7 +144,6 @@ def forward_kernel(
     stride_bias_j,
     seqlen_q,
     seqlen_k,
-    num_tokens,
     num_heads,
     heads_per_kv,
     num_splits,
@@ -253,12 +252,9 @@ def forward_kernel(
         first_partial_token = first_token
         if CU_Q is None:
             first_partial_token += tl.cast(batch, tl.int64) * seqlen_q
-        of_split = tl.cast(split, tl.int64) * num_tokens * num_heads
-        token = first_partial_token + i
-        part = PARTIAL + (of_split + token * num_heads + head)[:, None] * DIMS.v + d[None, :]
-        tl.store(part, acc, mask=mask)
-        part_lse = PARTIAL_LSE + of_split + head.to(tl.int64) * num_tokens + token
-        tl.store(part_lse, tl.where(empty, float("-inf"), log_sum), mask=real)
+        row = ((first_partial_token + i) * num_heads + head) * num_splits + split
+        tl.store(PARTIAL + row[:, None] * DIMS.v + d[None, :], acc, mask=mask)
+        tl.store(PARTIAL_LSE + row, tl.where(empty, float("-inf"), log_sum), mask=real)
         if ENDED is not None:
             combine_by_the_last(
                 OUT, LSE, PARTIAL, PARTIAL_LSE,
@@ -266,8 +262,7 @@ def forward_kernel(
                 batch, first_head, first_token, first_partial_token,
                 block * BLOCK_M, tl.minimum(len_q * GROUP - block * BLOCK_M, BLOCK_M),
                 (stride_out_batch, stride_out, stride_out_head, stride_lse_batch, stride_lse_head),
-                num_tokens, num_heads, num_splits,
-                GROUP, COMBINED, AT_ONCE, DIMS.v, DIMS.padded_v,
+                num_heads, num_splits, GROUP, COMBINED, AT_ONCE, DIMS.v, DIMS.padded_v,
             )  # fmt: skip
     else:
         token = first_token + i

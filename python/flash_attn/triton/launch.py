@@ -162,7 +162,6 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
         "stride_table": 0 if call.block_table is None else call.block_table.stride(0),
         "seqlen_q": call.longest_q,
         "seqlen_k": call.longest_k if cache is None else cache.seqlen_new,
-        "num_tokens": _num_tokens(call),
         "num_heads": heads,
         "heads_per_kv": group,
         "GROUP": packed,
@@ -262,16 +261,12 @@ def _num_splits(call: Call, cache: Cache | None, programs: int, block_n: int) ->
     return next(splits for splits in range(1, most + 1) if steps(splits) <= enough)
 
 
-def _num_tokens(call: Call) -> int:
-    return call.q.size(0) if call.varlen else call.q.size(0) * call.q.size(1)
-
-
 def _workspaces(call: Call, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [splits, tokens, H, Dv] and lse [splits, H, tokens] of each split."""
-    tokens, heads = _num_tokens(call), call.q.size(-2)
+    """out [tokens, H, splits, Dv] and lse [tokens, H, splits]."""
+    *tokens, heads = call.q.shape[:-1]
     new = {"dtype": torch.float32, "device": call.q.device}
-    out = torch.empty((splits, tokens, heads, call.v.size(-1)), **new)
-    return out, torch.empty((splits, heads, tokens), **new)
+    out = torch.empty((*tokens, heads, splits, call.v.size(-1)), **new)
+    return out, torch.empty((*tokens, heads, splits), **new)
 
 
 def _combined(call: Call, rows: int, tile: Tile) -> dict[str, int]:
@@ -283,11 +278,10 @@ def _combined(call: Call, rows: int, tile: Tile) -> dict[str, int]:
 
 
 def _combine_launch(call: Call, splits: int) -> _Launch:
-    tokens, heads, dv = _num_tokens(call), call.q.size(-2), call.v.size(-1)
+    heads, dv = call.q.size(-2), call.v.size(-1)
     values = {
         **strides("out", call.out),
         **lse_strides(call.lse),
-        "num_tokens": tokens,
         "seqlen_q": call.longest_q,
         "num_heads": heads,
         "batch_size": call.batch,
@@ -296,7 +290,7 @@ def _combine_launch(call: Call, splits: int) -> _Launch:
         "DV": dv,
         "BLOCK_DV": padded(dv),
     }
-    return _Launch(combine_kernel, tokens * heads, values, _rows(4))
+    return _Launch(combine_kernel, call.q.numel() // call.q.size(-1), values, _rows(4))
 
 
 # ---- The KV cache. ----
