@@ -83,7 +83,7 @@ def test_every_kernel_compiles(name):
     combined = {"combine_kernel"} if TARGETS[name].vendor == "amd" else set()
     assert names == combined | {
         "forward_kernel",
-        "place_kernel",
+        "append_kernel",
         "terms_kernel",
         "key_gradient_kernel",
         "query_gradient_kernel",

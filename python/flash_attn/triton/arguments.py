@@ -36,7 +36,6 @@ def lse_strides(lse: torch.Tensor | None) -> dict[str, int]:
 def scores(call: Call) -> dict[str, Any]:
     """What scores and dropout are made of, and what a kernel is compiled for."""
     left, right = call.band
-    d, dv = call.q.size(-1), call.v.size(-1)
     bias = call.bias_over_scores()
     of_bias = (0, 0, 0, 0)
     if bias is not None:
@@ -60,8 +59,14 @@ def scores(call: Call) -> dict[str, Any]:
             boolean=is_boolean(call),
             dropout=call.dropout_p > 0.0,
         ),
-        "DIMS": Dims(d, dv, padded(d), padded(dv)),
+        "DIMS": dims(call),
     }
+
+
+def dims(call: Call) -> Dims:
+    """head_dim as kernels know it."""
+    d, dv = call.q.size(-1), call.v.size(-1)
+    return Dims(d, dv, padded(d), padded(dv))
 
 
 def is_boolean(call: Call) -> bool:

@@ -22,6 +22,7 @@ from .._call import Cache, Call, Gradients, Request
 from .._composition import write_s_dmask, write_sink_gradient
 from . import counters, tiles
 from .arguments import (
+    dims,
     features,
     lse_strides,
     padded,
@@ -31,7 +32,7 @@ from .arguments import (
 )
 from .backward import terms_kernel
 from .bias_gradient import bias_gradient_kernel
-from .cache import place_kernel
+from .cache import append_kernel
 from .combine import combine_kernel
 from .forward import forward_kernel
 from .key_gradient import key_gradient_kernel
@@ -307,62 +308,41 @@ def _rotated(q: torch.Tensor) -> torch.Tensor:
 
 def _append_plan(call: Call, cache: Cache) -> Callable[[Call, Cache], Call]:
     """Writes the new keys and values; gives the call with its queries rotated."""
-    moves = min(call.band) >= 0 or max(call.band) >= 0
     turns = _turns(cache)
-    place_k = _place_launch(call, cache, cache.k_new, call.k, True, turns, True)
-    place_v = _place_launch(call, cache, cache.v_new, call.v, True, False, True)
-    place_q = None
-    if turns:
-        place_q = _place_launch(call, cache, call.q, _rotated(call.q), False, True, moves)
-
-    def append(call: Call, cache: Cache) -> Call:
-        angles = (cache.rotary_cos, cache.rotary_sin) if turns else (None, None)
-        where = (cache.seqlens, cache.batch_idx, call.block_table)
-        place_k(cache.k_new, call.k, *where, *angles)
-        place_v(cache.v_new, call.v, *where, None, None)
-        if place_q is None:
-            return call
-        rotated = _rotated(call.q)
-        place_q(call.q, rotated, cache.seqlens, None, None, *angles)
-        return call._replace(q=rotated)
-
-    return append
-
-
-def _place_launch(
-    call: Call,
-    cache: Cache,
-    source: torch.Tensor,
-    target: torch.Tensor,
-    to_cache: bool,
-    turns: bool,
-    moves: bool,
-) -> _Launch:
-    batch, num_new, heads, dim = source.shape
-    paged = to_cache and call.block_table is not None
-    block, row, head = target.stride()[:3]
-    values = {
-        **strides("from", source),
-        "stride_to_block": block,
-        "stride_to": row,
-        "stride_to_head": head,
-        "stride_table": call.block_table.stride(0) if paged else 0,
+    batch, num_new, heads_kv, _ = cache.k_new.shape
+    _, seqlen_q, heads, _ = call.q.shape
+    rows = 2 * heads_kv * num_new + turns * heads * seqlen_q
+    values = strides("k_new", cache.k_new) | strides("v_new", cache.v_new)
+    values |= strides("q", call.q) | strides("k", call.k) | strides("v", call.v)
+    values |= strides("rotated", _rotated(call.q)) | {
+        "stride_table": 0 if call.block_table is None else call.block_table.stride(0),
         "stride_cos": cache.rotary_cos.stride(0) if turns else 0,
         "stride_sin": cache.rotary_sin.stride(0) if turns else 0,
         "num_heads": heads,
+        "num_heads_kv": heads_kv,
         "num_new": num_new,
-        "capacity": call.longest_k if to_cache else num_new,
-        "num_rows": target.size(0),
+        "seqlen_q": seqlen_q,
+        "capacity": call.longest_k,
+        "num_rows": call.k.size(0),
         "num_angles": cache.rotary_cos.size(0) if turns else 0,
-        "TO_CACHE": to_cache,
-        "MOVES": moves,
+        "MOVES": min(call.band) >= 0 or max(call.band) >= 0,
         "INTERLEAVED": bool(cache.rotary_interleaved),
         "HALF": cache.rotary_cos.size(1) if turns else 1,
-        "PAGE_SIZE": target.size(1) if paged else 0,
-        "D": dim,
-        "BLOCK_D": padded(dim),
+        "PAGE_SIZE": 0 if call.block_table is None else call.k.size(1),
+        "DIMS": dims(call),
     }
-    return _Launch(place_kernel, batch * num_new * heads, values, _rows(1))
+    launch = _Launch(append_kernel, batch * rows, values, _rows(1))
+
+    def append(call: Call, cache: Cache) -> Call:
+        rotated = _rotated(call.q) if turns else None
+        launch(
+            *(cache.k_new, cache.v_new, call.q, call.k, call.v, rotated),
+            *(cache.seqlens, cache.batch_idx, call.block_table),
+            *((cache.rotary_cos, cache.rotary_sin) if turns else (None, None)),
+        )
+        return call._replace(q=rotated) if turns else call
+
+    return append
 
 
 # ---- Backward. ----
