@@ -41,7 +41,7 @@ def int32(*values: int) -> torch.Tensor:
 
 
 def launch_all_kernels() -> None:
-    """Every kernel once; the forward also over pages in splits."""
+    """Every kernel once; the forward also over pages in splits, of few queries and of many."""
     plain = call(64, torch.bfloat16, attn_bias=torch.zeros(1, 1, 256, 256))
     bias = plain.attn_bias
     gradients = Gradients(plain.out, plain.q, plain.k, plain.v, bias, None, False)
@@ -49,11 +49,12 @@ def launch_all_kernels() -> None:
     launch.run(Request(plain, gradients=gradients))
 
     pages = plain.k.view(16, 16, 2, 64)
-    q, new, angles = plain.q[:, :1], pages[:1, :1], torch.zeros(256, 8)
+    new, angles = pages[:1, :1], torch.zeros(256, 8)
     cache = Cache(int32(200), None, int32(3), new, new, angles, angles, True, 40)
     table = torch.arange(16, dtype=torch.int32)[None]
-    paged = plain._replace(q=q, k=pages, v=pages, out=q, lse=None, block_table=table)
-    launch.run(Request(paged._replace(attn_bias=None), cache))
+    for q in (plain.q[:, :1], plain.q[:, :16]):
+        paged = plain._replace(q=q, k=pages, v=pages, out=q, lse=None, block_table=table)
+        launch.run(Request(paged._replace(attn_bias=None), cache))
 
 
 def launch_with_every_option() -> None:
@@ -79,10 +80,9 @@ def test_every_kernel_compiles(name):
     with launches_compile(TARGETS[name], 128 if name == "sm_90" else 32) as compiled:
         launch_all_kernels()
     names = {kernel.name for kernel in compiled}
-    # Where a program combines the splits of others, there is no launch for it.
-    combined = {"combine_kernel"} if TARGETS[name].vendor == "amd" else set()
-    assert names == combined | {
+    assert names == {
         "forward_kernel",
+        "combine_kernel",
         "append_kernel",
         "terms_kernel",
         "key_gradient_kernel",

@@ -42,6 +42,7 @@ class _Counters:
         self._streams: dict[int, torch.Tensor] = {}
         self._spare = self._zeros(0)
         self._num_captured = 0
+        self._is_short = False
         self._lock = threading.Lock()
 
     def of_stream(self, stream: int, count: int) -> torch.Tensor:
@@ -51,23 +52,33 @@ class _Counters:
             with self._lock:
                 counters = self._take(max(2 * count, _LEAST))
             self._streams[stream] = counters
+        if self._is_short:  # the next capture finds some again
+            with self._lock:
+                self._refill(_PIECE)
         return counters
 
     def captured(self, count: int) -> torch.Tensor:
         """Those of one captured launch."""
         with self._lock:
-            if self._spare.numel() < count or self._num_captured + count > _MOST_CAPTURED:
+            if self._num_captured + count > _MOST_CAPTURED:
+                return self._zeros(count)
+            if self._spare.numel() < count:
+                self._is_short = True
                 return self._zeros(count)
             self._num_captured += count
             return self._take(count)
 
     def _take(self, count: int) -> torch.Tensor:
         if self._spare.numel() < count:
-            self._spare = self._zeros(max(count, _PIECE))
-            if self._device.type != "cpu":  # whatever stream uses them, they are 0
-                torch.cuda.current_stream(self._device).synchronize()
+            self._refill(max(count, _PIECE))
         taken, self._spare = self._spare[:count], self._spare[count:]
         return taken
+
+    def _refill(self, count: int) -> None:
+        self._spare = self._zeros(count)
+        if self._device.type != "cpu":  # whatever stream uses them, they are 0
+            torch.cuda.current_stream(self._device).synchronize()
+        self._is_short = False
 
     def _zeros(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32, device=self._device)

@@ -43,6 +43,8 @@ from .tiles import Tile
 _MAX_GROUPED_QUERIES = 16
 _MAX_SPLITS = 128
 _ENOUGH_OF_THE_FASTEST = 0.9
+# More rows of a block are combined sooner by programs of their own.
+_COMBINED_BY_THE_LAST = 8
 _COMBINED_AT_ONCE = 16
 _COMBINED_BY_A_WARP = 2048  # fp32: 64 registers a thread
 _TERMS_ROWS = 64
@@ -174,7 +176,11 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
         blocks = _blocks(rows, block_m)
         programs = call.batch * heads // packed * blocks
         splits = _num_splits(call, cache, programs, tile.n) if decodes or cache else 1
-        at_once = splits > 1 and tiles.combines_in_one_launch(call.q.device)
+        at_once = (
+            splits > 1
+            and min(rows, block_m) <= _COMBINED_BY_THE_LAST
+            and tiles.combines_in_one_launch(call.q.device)
+        )
         launch = _Launch(
             forward_kernel,
             programs,
