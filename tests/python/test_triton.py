@@ -18,7 +18,13 @@ import triton
 from support import assert_close, out_bound, tensors
 from triton_targets import TARGETS, call, launches_compile
 
-from flash_attn import _backends, dlpack, flash_attn_func, flash_attn_with_kvcache
+from flash_attn import (
+    _backends,
+    dlpack,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
 from flash_attn._call import Cache, Gradients, Request
 from flash_attn.triton import counters, launch, tiles
 
@@ -210,6 +216,28 @@ def test_every_call_counts_its_splits_anew(one_launch, only_triton, monkeypatch)
         assert torch.equal(out, attend(q, splits)), splits
 
 
+@triton_runs
+@pytest.mark.parametrize("one_launch", [True, False], ids=["one_launch", "two_launches"])
+def test_sequences_of_any_length_are_split(one_launch, only_triton, monkeypatch):
+    """Also those without queries or without keys, and rows behind the last sequence."""
+    q, k, v = (x[0].to(DEVICE) for x in tensors(1, 9, 700, 4, 2, 32))
+    sink = torch.randn(4, device=DEVICE)
+    ends = [int32(0, 2, 2, 3, 5, 7).to(DEVICE), int32(0, 300, 420, 420, 440, 690).to(DEVICE)]
+
+    def attend(processors):
+        monkeypatch.setattr(launch, "_plans", {})
+        monkeypatch.setattr(tiles, "num_processors", lambda device: processors)
+        monkeypatch.setattr(tiles, "combines_in_one_launch", lambda device: one_launch)
+        options = dict(causal=True, learnable_sink=sink, return_attn_probs=True)
+        out, lse, _ = flash_attn_varlen_func(q, k, v, *ends, 2, 300, **options)
+        return out[:7], lse[:, :7]
+
+    whole, many = attend(1), attend(100)
+    for a, b in zip(whole, many):
+        assert torch.equal(a.isinf(), b.isinf())
+        assert (a - b).nan_to_num().abs().max() <= 1e-5
+
+
 def test_captured_launches_and_streams_have_counters_of_their_own():
     of = counters._Counters(torch.device("cpu"))
     taken = [of.of_stream(1, 8), of.of_stream(2, 8), of.captured(8), of.captured(8)]
@@ -253,7 +281,8 @@ def test_the_suites_hold_in_the_interpreter():
         " or without_visible or pages_equal or dense_gradients and (dropout or alibi)"
         " or attn_bias_has and shape1 or sink_has or nan_past or dropout_meets and 0.5"
         " or many_splits or token_by_token and 16 and halves and dtype1 or rows_and_left"
-        " or counts_its_splits or may_be_described and (options-64 or window-64 or alibi-128))"
+        " or counts_its_splits or are_split"
+        " or may_be_described and (options-64 or window-64 or alibi-128))"
         " and not bfloat16 and not dtype2"
     )
     files = ["forward", "backward", "exact", "kvcache", "dropout", "triton"]
