@@ -77,11 +77,8 @@ class Consumer90 {
     if (lane() == 0) empty.arrive();
   }
 
-  // And of the descriptions of the tiles before, which all lanes have read.
-  __device__ void release_queries() const {
-    __syncwarp();
-    release(shared_.q_empty(consumer_, q_.stage));
-  }
+  // And of the descriptions of the tiles before, which each thread has read for itself.
+  __device__ void release_queries() const { shared_.q_empty(consumer_, q_.stage).arrive(); }
 
   // Lets go of steps of keys that this warpgroup's rows do not see; of their values as well, unless
   // products of values before them are still to come.

@@ -89,7 +89,7 @@ struct Shared90 {
   __device__ Barrier tile_described() const { return {barriers + 8 * (kNumBarriers - 1)}; }
 
   __device__ void init() const {
-    constexpr int kGroupWarps = F::kGroupThreads / 32;  // a lane of each arrives
+    constexpr int kGroupWarps = F::kGroupThreads / 32;  // of k and v a lane of each arrives
     for (int stage = 0; stage < F::kStages; ++stage) {
       k_full(stage).init(1);
       v_full(stage).init(1);
@@ -99,7 +99,7 @@ struct Shared90 {
     for (int stage = 0; stage < F::kQStages; ++stage) {
       for (int consumer = 0; consumer < F::kConsumers; ++consumer) {
         q_full(consumer, stage).init(1);
-        q_empty(consumer, stage).init(kGroupWarps);
+        q_empty(consumer, stage).init(F::kGroupThreads);
       }
     }
     tile_wanted().init(1);
