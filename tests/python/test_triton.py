@@ -123,9 +123,10 @@ def only_triton(monkeypatch):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_products_of_the_backward_overlap(causal, all_are_described, tmp_path):
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_products_of_the_backward_overlap(head_dim, causal, all_are_described, tmp_path):
     """ptxas tells of kernels whose matrix products it has to run one by one."""
-    problem = call(128, torch.bfloat16, causal=causal)
+    problem = call(head_dim, torch.bfloat16, causal=causal)
     gradients = Gradients(problem.out, problem.q, problem.k, problem.v, None, None, False)
     with launches_compile(TARGETS["sm_90"], 128) as compiled:
         launch.run(Request(problem, gradients=gradients))
@@ -159,7 +160,7 @@ def on_device(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(
     "options",
     [{}, {"causal": True}, {"window_size": (30, 5)}, {"softcap": 5.0, "attn_bias": torch.ones(1)}],
@@ -176,7 +177,7 @@ def test_problems_of_any_size_may_be_described(options, head_dim, dtype, all_are
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("case", test_backward.CASES)
 @describes
 def test_gradients_of_any_size_may_be_described(case, head_dim, dtype, all_are_described):

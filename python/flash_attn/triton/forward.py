@@ -54,9 +54,10 @@ def load_block(
 def attend(
     acc, greatest, total, q, i, first, end, k_of, v_of, pages, scores, batch_head, dropout,
     MASKED: tl.constexpr, DESCRIBED: tl.constexpr, OPTIONS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, DIMS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, DIMS: tl.constexpr, BLOCK_N: tl.constexpr, SUMS_LATE: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys first to end; with MASKED some rows may not see some of them."""
+    """The online softmax over keys first to end; with MASKED some rows may not see some of them.
+    With SUMS_LATE, `total` is a tile, whose rows are summed after the last key."""
     _, _, _, _, _, len_k, scale, softcap, _, _ = scores
     PLAIN: tl.constexpr = not OPTIONS.softcap and not OPTIONS.alibi and not OPTIONS.bias
     for start in tl.range(first, end, BLOCK_N):
@@ -85,7 +86,7 @@ def attend(
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             p = tl.exp2(s - shift[:, None])
         shrink = tl.exp2(greatest - shift)
-        total = total * shrink + tl.sum(p, 1)
+        total = total * shrink[:, None] + p if SUMS_LATE else total * shrink + tl.sum(p, 1)
         if OPTIONS.dropout:
             rows = tl.reshape(i, (i.shape[0],))
             p = tl.where(keep_mask(batch_head, rows, start, dropout, BLOCK_N), p, 0.0)
@@ -219,16 +220,22 @@ def forward_kernel(
     BLOCK_DV: tl.constexpr = DIMS.padded_v
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     greatest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    # A tile of few rows lies across all warps: a sum for each block of keys would have them wait.
+    SUMS_LATE: tl.constexpr = BLOCK_M <= 16
+    total = tl.zeros((BLOCK_M, BLOCK_N) if SUMS_LATE else (BLOCK_M,), tl.float32)
     for phase in tl.static_range(3):
         # Blocks at the left edge of the window, blocks that all rows see, blocks at the right edge.
-        if phase > 0 or OPTIONS.has_left:
+        # Few splits have an edge: what a loop does before its first block, it does for them alone.
+        exists = phase > 0 or OPTIONS.has_left
+        if exists and (phase == 1 or not SPLIT or edges[phase] < edges[phase + 1]):
             acc, greatest, total = attend(
                 acc, greatest, total, q, i[:, None], edges[phase], edges[phase + 1],
                 k_of, v_of, (TABLE, k_begin), scores, batch * num_heads + head,
                 (key0, key1, counter3, threshold), phase != 1, DESCRIBED,
-                OPTIONS, PAGE_SIZE, DIMS, BLOCK_N,
+                OPTIONS, PAGE_SIZE, DIMS, BLOCK_N, SUMS_LATE,
             )  # fmt: skip
+    if SUMS_LATE:
+        total = tl.sum(total, 1)
 
     # It joins the softmax once: that of splits when they are combined.
     if SINK is not None and not SPLIT:

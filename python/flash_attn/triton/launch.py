@@ -46,12 +46,13 @@ _ENOUGH_OF_THE_FASTEST = 0.9
 # More rows of a block are combined sooner by programs of their own.
 _COMBINED_BY_THE_LAST = 8
 _COMBINED_AT_ONCE = 16
-_COMBINED_BY_A_WARP = 2048  # fp32: 64 registers a thread
+_COMBINED_BY_A_WARP = 4096  # fp32: 128 registers a thread
+_COMBINE_WARPS = 1
 _TERMS_ROWS = 64
 # Terms of the rows are padded to what every tile of queries divides.
 _LARGEST_TILE = 128
 _SMALLEST_SCALE = 2.0**-126
-_DESCRIBED_DIMS = (64, 128)
+_DESCRIBED_DIMS = (64, 128, 256)
 # Describing q, k and v takes the host some 70 us, which fewer operations do not pay back.
 _DESCRIBED_FROM = 2**36
 # From this release on a compiled kernel that is called by itself takes constants too.
@@ -297,7 +298,8 @@ def _combine_launch(call: Call, splits: int) -> _Launch:
         "DV": dv,
         "BLOCK_DV": padded(dv),
     }
-    return _Launch(combine_kernel, call.q.numel() // call.q.size(-1), values, _rows(4))
+    programs = call.q.numel() // call.q.size(-1)
+    return _Launch(combine_kernel, programs, values, _rows(_COMBINE_WARPS))
 
 
 # ---- The KV cache. ----

@@ -51,21 +51,26 @@ class Tile(NamedTuple):
 _TABLES: dict[str, dict[str, dict[int, Tile]]] = {
     "hopper": {
         FORWARD: {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
-        DESCRIBED: {64: Tile(64, 64, 4, 3, 128, True), 128: Tile(64, 64, 4, 3, 0, True)},
+        DESCRIBED: {
+            64: Tile(64, 64, 4, 3, 128, True),
+            128: Tile(64, 64, 4, 3, 0, True),
+            256: Tile(128, 32, 8, 3, 0, True),
+        },
         DECODE: {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 64, 4, 2)},
         KEY_GRADIENT: {
             64: Tile(64, 64, 4, 3, 168),
             128: Tile(64, 128, 8, 3),
-            256: Tile(32, 32, 4, 1),
+            256: Tile(64, 64, 8, 2),
         },
         DESCRIBED_KEY_GRADIENT: {
             64: Tile(64, 64, 4, 3, 168, True),
             128: Tile(64, 64, 4, 2, 0, True),
+            256: Tile(64, 64, 8, 2, 0, True),
         },
         QUERY_GRADIENT: {
             64: Tile(64, 64, 4, 3),
             128: Tile(128, 64, 8, 3),
-            256: Tile(128, 32, 8, 1),
+            256: Tile(128, 32, 8, 2),
         },
     },
     "nvidia": {
