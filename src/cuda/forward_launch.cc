@@ -52,6 +52,14 @@ void set_counter(void* counter, int64_t blocks, ScheduleArgs& to) {
   to.ticket = next_ticket();
 }
 
+// Hopper's varlen kernel: as many tiles as there may be of sequences that share total_q rows.
+int64_t varlen_blocks(const AttentionProblem& problem, const KernelSpec& spec,
+                      int64_t num_tiles_m) {
+  const int64_t tiles =
+      std::min(problem.batch * num_tiles_m, problem.total_q / spec.tile_m + problem.batch);
+  return problem.num_heads * tiles;
+}
+
 // Keys behind a padding on the left begin anywhere within a page, and a box must not.
 bool has_boxes(const AttentionArgs& args) {
   return !args.block_table.present() || !args.cache_leftpad.present();
@@ -66,7 +74,9 @@ ForwardLaunch::ForwardLaunch(const AttentionProblem& problem, int device_index,
       device_index_(device_index),
       device_(device),
       uses_maps_(kernel.family == Family::kForward90),
-      counts_tiles_(kernel.spec.varlen),
+      counts_tiles_(kernel.spec.varlen &&
+                    varlen_blocks(problem, kernel.spec, tiles_m(problem, kernel.spec)) >
+                        device.properties.multiprocessors),
       kernel_(kernel),
       otherwise_(otherwise) {}
 
@@ -90,8 +100,10 @@ Status ForwardLaunch::run(const LoadedKernel& kernel, const TensorView& q,
     launch_args.schedule.num_tiles_m = (launch_args.schedule.num_tiles_m + 1) / 2;
     launch_args.schedule.heads_per_group = 1;
   }
-  const int64_t blocks = blocks_of(launch_args.schedule, spec);
-  if (spec.varlen && workspace != nullptr) set_counter(workspace, blocks, launch_args.schedule);
+  const int64_t blocks = spec.varlen
+                             ? varlen_blocks(problem_, spec, launch_args.schedule.num_tiles_m)
+                             : num_blocks(problem_, launch_args.schedule);
+  if (counts_tiles_ && workspace != nullptr) set_counter(workspace, blocks, launch_args.schedule);
   launch_args.schedule.num_blocks = static_cast<int>(std::min(blocks, kMaxBlocks));
   launch_args.splits.num_tiles = launch_args.schedule.num_blocks;
   const bool one_each =
@@ -106,14 +118,6 @@ std::string ForwardLaunch::describe() const {
   const Result<const LoadedKernel*> kernel = kernel_.get(device_index_);
   if (!kernel.ok()) return kernel.status().message();
   return describe_kernel(*kernel.value());
-}
-
-// Hopper's varlen kernel: as many tiles as there may be of sequences that share total_q rows.
-int64_t ForwardLaunch::blocks_of(const ScheduleArgs& schedule, const KernelSpec& spec) const {
-  if (!spec.varlen) return num_blocks(problem_, schedule);
-  const int64_t tiles = std::min(problem_.batch * schedule.num_tiles_m,
-                                 problem_.total_q / spec.tile_m + problem_.batch);
-  return problem_.num_heads * tiles;
 }
 
 }  // namespace fa::cuda

@@ -404,6 +404,30 @@ TEST_F(CudaHost, padding_in_pages_takes_the_other_kernel) {
   });
 }
 
+// A framework's allocator takes longer than the rest of a small call.
+TEST_F(CudaHost, tiles_are_counted_only_where_they_do_not_all_run_at_once) {
+  on_a_gpu([] {
+    static int64_t lent;
+    const auto lend = [](void*, int64_t bytes) -> void* {
+      lent += bytes;
+      return at(7 << 16);
+    };
+    for (const auto& [total, expected] :
+         std::vector<std::pair<int64_t, int64_t>>{{64, 0}, {1 << 16, 8}}) {
+      VarlenCall call;
+      for (Tensor* tensor : {&call.q, &call.k, &call.v, &call.out}) tensor->shape[0] = total;
+      call.args.max_seqlen_q = call.args.max_seqlen_k = total;
+      call.args.allocate_workspace = lend;
+      for (const bool known : {false, true}) {
+        lent = 0;
+        EXPECT_EQ(known ? call.run_known() : call.run() == FA_OK, true) << message();
+        EXPECT_EQ(lent, expected) << total;
+        EXPECT_EQ(record().grid, total == 64 ? 12u : 132u);
+      }
+    }
+  });
+}
+
 TEST_F(CudaHost, byte_offsets_count) {
   on_a_gpu([] {
     Call call;
