@@ -68,7 +68,7 @@ RULES = (
     Rule("src/cuda", rooms=("core/", "cuda/"), others=OPERATING_SYSTEM),
     Rule("src/cuda/device", rooms=("core/semantics.h", "cuda/device/"), standard=False),
     Rule("src/api", rooms=("api/", "core/", "cpu/", "cuda/", "reference/", "flash_attn/")),
-    Rule("src/bindings", rooms=("flash_attn/",), others=("tvm/ffi/", "dlpack/")),
+    Rule("src/bindings", rooms=("bindings/", "flash_attn/"), others=("tvm/ffi/", "dlpack/")),
     Rule(
         "tools",
         rooms=(

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad as _forward_ad
 from torch.autograd.function import FunctionCtx
 
-from . import _environment, _native
+from . import _environment, _known, _native
 
 # The library may have been loaded before PyTorch, by a call on arrays.
 _native.share_threads_with_torch()
@@ -28,12 +27,6 @@ _empty_like = torch.empty_like
 _contiguous = torch.contiguous_format
 _float32 = torch.float32
 _is_grad_enabled = torch.is_grad_enabled
-# Without the dispatcher; on the current device.
-_empty_strided = {
-    device: function
-    for device in ("cpu", "cuda")
-    if (function := getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None))
-}
 # Read once: a call on the CPU may take 8 us in all.
 _native_on_cpu = _environment.native_serves_cpu()
 _Tensor = torch.Tensor
@@ -41,8 +34,6 @@ _is_compiling = torch.compiler.is_compiling
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _CLARIFIED = (TypeError, OverflowError, RuntimeError, BufferError)
-# After these a call is made again on the way that says what is wrong.
-_REPEATED = (*_CLARIFIED, ValueError, MemoryError)
 
 _NO_GRADIENT_THROUGH_PAGES = (
     "block_table: no implementation differentiates through pages; call under torch.no_grad(), or"
@@ -104,107 +95,24 @@ QKV_PACKED = Packing(("qkv",), (3,))
 KVCACHE_NAMES = ("q", "k_cache", "v_cache")
 
 
-def known_dense(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    wants_lse: bool = False,
-) -> Any:
-    """out, or (out, softmax_lse), of a call of a kind that this thread has made before; None, and
-    nothing has happened, for any other, for one that needs a gradient, and for one that is
-    wrong."""
-    if not _is_plain(q, k, v):
-        return None
-    try:
-        left, right = window_size
-        numel, allocate, likely, likely_lse = _last_out
-        is_guess = q.numel() == numel
-        out = allocate(*likely) if is_guess else _empty_like(q)
-        lse = None
-        if wants_lse:
-            lse = allocate(*likely_lse) if is_guess else new_lse(q, None)
-        if not _native.forward_known_dense(
-            q, k, v, out, lse, softmax_scale, causal, left, right, softcap
-        ):
-            return None
-    except _REPEATED:
-        return None
-    if not is_guess:
-        _remember(q, out)
-    return (out, lse) if wants_lse else out
-
-
 def _known_of(
     tensors: tuple[torch.Tensor, ...], options: Options
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """known_dense() with softmax_lse, where `options` ask for nothing else."""
+    """out and softmax_lse of a known call, where `options` ask for nothing else."""
     dropout_p, softmax_scale, causal, window_size, softcap, slopes, _, probs, *layout = options
     if dropout_p != 0.0 or probs or slopes is not None:
         return None
-    cu_seqlens_q, cu_seqlens_k, _, _, seqused_k, block_table = layout
-    if not (cu_seqlens_q is cu_seqlens_k is seqused_k is block_table is None):
-        return None
-    return known_dense(*tensors, softmax_scale, causal, window_size, softcap, True)
+    return _known.attention(*tensors, softmax_scale, causal, window_size, softcap, True, *layout)
 
 
-def known_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *arguments: Any,
-) -> torch.Tensor | None:
-    """known_dense() for sequences laid end to end; `arguments` are those of the native function
-    that follow S_dmask. On the CPU, where lengths are checked at each call, none is known."""
-    if not _is_plain(q, k, v) or q.is_cpu:
-        return None
-    try:
-        numel, allocate, likely, _ = _last_out
-        is_guess = q.numel() == numel
-        out = allocate(*likely) if is_guess else _empty_like(q)
-        if not _native.forward_known(q, k, v, out, None, None, *arguments):
-            return None
-    except _REPEATED:
-        return None
-    if not is_guess:
-        _remember(q, out)
-    return out
-
-
-def _is_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether PyTorch's dispatcher and autograd have no interest in a call, and DLPack can lend its
-    tensors."""
-    return (
-        type(q) is type(k) is type(v) is _Tensor
-        and (q.is_cuda or q.is_cpu)
-        and not (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        and not _is_compiling()
-        and not _are_transforms_active()
-        and _num_dispatch_modes() == 0
-        and _forward_ad._current_level < 0
-    )
-
-
-# Of the last plain call: the elements of q, and how to make tensors like its out and its lse, which
-# takes half as long as torch.empty_like. The native library notices a wrong guess.
-_NO_GUESS: tuple[int, Callable[..., torch.Tensor], tuple[Any, ...], tuple[Any, ...]]
-_NO_GUESS = (-1, _empty_like, (), ())
-_last_out = _NO_GUESS
-
-
-def _remember(q: torch.Tensor, out: torch.Tensor) -> None:
-    global _last_out
-    allocate = _empty_strided.get(out.device.type)
-    elsewhere = out.is_cuda and out.get_device() != torch.cuda.current_device()
-    if allocate is None or elsewhere:
-        _last_out = _NO_GUESS
-    else:
-        *batch, seqlen, num_heads, _ = shape = tuple(out.shape)
-        lse = (*batch, num_heads, seqlen), (*(num_heads * seqlen for _ in batch), seqlen, 1)
-        _last_out = q.numel(), allocate, (shape, out.stride(), out.dtype), (*lse, _float32)
+def _remember(packing: Packing, q: torch.Tensor, out: torch.Tensor, options: Options) -> None:
+    """That there was such a call, for the next."""
+    if packing is not SEPARATE:
+        return
+    if options.cu_seqlens_q is None:
+        _known.remember(_known.DENSE, q, out)
+    elif q.is_cuda:
+        _known.remember(_known.VARLEN, q, out)
 
 
 def attention(
@@ -229,8 +137,7 @@ def attention(
     else:
         q, k, v = tensors if packing is SEPARATE else packing.unpack(tensors)
         out, lse, s_dmask, _ = forward(q, k, v, attn_bias, learnable_sink, options, False)
-        if packing is SEPARATE and (q.is_cuda or options.cu_seqlens_q is None):
-            _remember(q, out)
+        _remember(packing, q, out, options)
     if not options.return_attn_probs:
         return out
     if s_dmask is None:
@@ -296,7 +203,7 @@ def run_forward(*tensors_and_options: Any) -> None:
         # The CPU's calls go straight to the native library, unless another backend is asked for.
         if q.is_cpu and _native_on_cpu:
             _native.forward(*arguments)
-        elif not (q.is_cuda and _native.forward_known(*arguments)):
+        elif not (q.is_cuda and _known.run(*arguments)):
             _backends().forward(*arguments)
     except _CLARIFIED as error:
         clear = _native.clarify(error, arguments)
@@ -368,6 +275,7 @@ class AttentionFunction(torch.autograd.Function):
         else:
             q, k, v = tensors if packing is SEPARATE else packing.unpack(tensors)
             out, lse, s_dmask, seed = forward(q, k, v, attn_bias, learnable_sink, options, True)
+            _remember(packing, q, out, options)
         ctx.save_for_backward(*tensors, out, lse, attn_bias, learnable_sink)
         ctx.call = packing, options, seed
         if not options.return_attn_probs:  # every further output costs a microsecond
@@ -525,6 +433,8 @@ def with_kvcache(
     out = _new_out(q, cache[1])
     lse = new_lse(q, None) if wants_lse else None
     run_with_kvcache(q, cache, out, lse, kvcache_arguments, attn_bias, learnable_sink, options)
+    if q.is_cuda:
+        _known.remember(_known.KVCACHE, q, out)
     return out, lse
 
 
@@ -539,14 +449,12 @@ def run_with_kvcache(
     options: Options,
 ) -> None:
     """Appends to the cache; writes out and lse."""
-    arguments = (
-        *kvcache_arguments,
-        *_arguments(q, *cache, out, lse, None, attn_bias, learnable_sink, options, 0),
-    )
+    call = _arguments(q, *cache, out, lse, None, attn_bias, learnable_sink, options, 0)
+    arguments = (*kvcache_arguments, *call)
     try:
         if q.is_cpu and _native_on_cpu:
             _native.forward_with_kvcache(*arguments)
-        elif not (q.is_cuda and _native.forward_with_kvcache_known(*arguments)):
+        elif not (q.is_cuda and _known.run(*call, *kvcache_arguments)):
             _backends().forward_with_kvcache(*arguments)
     except ValueError as error:
         raise ValueError(_in_words_of_the_cache(str(error))) from None

@@ -19,10 +19,7 @@ from typing import Any
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _FUNCTIONS = (
     "forward",
-    "forward_known",
-    "forward_known_dense",
     "forward_with_kvcache",
-    "forward_with_kvcache_known",
     "backward",
     "forward_oracle",
     "backward_oracle",
@@ -42,14 +39,12 @@ _FUNCTIONS = (
     "measure_ceiling",
     "add_nvrtc_folder",
     "version",
+    "direct_call",
 )
 # Arithmetic happens in these, and other Python threads run meanwhile.
 _WITHOUT_GIL = (
     "forward",
-    "forward_known",
-    "forward_known_dense",
     "forward_with_kvcache",
-    "forward_with_kvcache_known",
     "backward",
     "forward_oracle",
     "backward_oracle",
@@ -124,10 +119,7 @@ def _on_first_call(name: str) -> Callable[..., Any]:
 
 
 forward = _on_first_call("forward")
-forward_known = _on_first_call("forward_known")
-forward_known_dense = _on_first_call("forward_known_dense")
 forward_with_kvcache = _on_first_call("forward_with_kvcache")
-forward_with_kvcache_known = _on_first_call("forward_with_kvcache_known")
 backward = _on_first_call("backward")
 forward_oracle = _on_first_call("forward_oracle")
 backward_oracle = _on_first_call("backward_oracle")
@@ -147,6 +139,7 @@ use_thread_count = _on_first_call("use_thread_count")
 measure_ceiling = _on_first_call("measure_ceiling")
 add_nvrtc_folder = _on_first_call("add_nvrtc_folder")
 version = _on_first_call("version")
+direct_call = _on_first_call("direct_call")
 
 
 def load() -> None:

@@ -47,6 +47,7 @@ from __future__ import annotations
 import torch
 
 from . import _binding as flash_attn_gpu  # clients call its functions through this name
+from . import _known
 from ._attention import (
     KV_PACKED,
     KVCACHE_NAMES,
@@ -56,8 +57,6 @@ from ._attention import (
     Result,
     attention,
     check_tensors,
-    known_dense,
-    known_varlen,
     length,
     with_kvcache,
 )
@@ -259,7 +258,7 @@ def flash_attn_func(
         or learnable_sink is not None
         or s_aux is not None
     ):
-        out = known_dense(q, k, v, softmax_scale, causal, window_size, softcap)
+        out = _known.attention(q, k, v, softmax_scale, causal, window_size, softcap)
         if out is not None:
             return out
     return attention(
@@ -441,15 +440,22 @@ def flash_attn_varlen_func(
         or learnable_sink is not None
         or s_aux is not None
     ):
-        try:
-            left, right = window_size
-        except (TypeError, ValueError):
-            left = right = None  # refused below
-        out = known_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, None, None, None,
-            max_seqlen_q, max_seqlen_k, softmax_scale, causal, left, right, softcap,
-            0.0, 0, 0, None,
-        )  # fmt: skip
+        out = _known.attention(
+            q,
+            k,
+            v,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            False,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            seqused_k,
+            block_table,
+        )
         if out is not None:
             return out
     return attention(
@@ -535,6 +541,29 @@ def flash_attn_with_kvcache(
         range, and a row or page that two sequences would append to, is an error before anything is
         written.
     """
+    if alibi_slopes is None and attn_bias is None and learnable_sink is None and s_aux is None:
+        known = _known.with_kvcache(
+            q,
+            k_cache,
+            v_cache,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            return_softmax_lse,
+            block_table,
+            cache_seqlens,
+            cache_batch_idx,
+            cache_leftpad,
+            k,
+            v,
+            rotary_cos,
+            rotary_sin,
+            rotary_interleaved,
+            num_splits,
+        )
+        if known is not None:
+            return known
     for name, tensor in (("k", k), ("v", v)):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: must be a torch.Tensor or None, is {type(tensor).__name__}")

@@ -4,7 +4,6 @@
 // MemoryError, RuntimeError.
 #include <flash_attn/flash_attn.h>
 #include <tvm/ffi/container/array.h>
-#include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/container/tuple.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/extra/c_env_api.h>
@@ -17,31 +16,20 @@
 #include <cstdint>
 #include <string>
 
+#include "bindings/direct_call.h"
+#include "bindings/dlpack_tensor.h"
+#include "bindings/workspace.h"
+
 namespace {
 
 namespace ffi = tvm::ffi;
 
-// A DLTensor is handed on as the fa_tensor that it is, field for field.
-static_assert(sizeof(fa_tensor) == sizeof(DLTensor) && alignof(fa_tensor) == alignof(DLTensor));
-static_assert(offsetof(fa_tensor, data) == offsetof(DLTensor, data));
-static_assert(offsetof(fa_tensor, device_type) == offsetof(DLTensor, device.device_type));
-static_assert(offsetof(fa_tensor, device_id) == offsetof(DLTensor, device.device_id));
-static_assert(offsetof(fa_tensor, ndim) == offsetof(DLTensor, ndim));
-static_assert(offsetof(fa_tensor, dtype_code) == offsetof(DLTensor, dtype.code));
-static_assert(offsetof(fa_tensor, dtype_bits) == offsetof(DLTensor, dtype.bits));
-static_assert(offsetof(fa_tensor, dtype_lanes) == offsetof(DLTensor, dtype.lanes));
-static_assert(offsetof(fa_tensor, shape) == offsetof(DLTensor, shape));
-static_assert(offsetof(fa_tensor, strides) == offsetof(DLTensor, strides));
-static_assert(offsetof(fa_tensor, byte_offset) == offsetof(DLTensor, byte_offset));
-static_assert(int{FA_CPU} == int{kDLCPU} && int{FA_CUDA} == int{kDLCUDA});
-static_assert(int{FA_INT} == int{kDLInt} && int{FA_UINT} == int{kDLUInt});
-static_assert(int{FA_FLOAT} == int{kDLFloat} && int{FA_BFLOAT} == int{kDLBfloat});
-static_assert(int{FA_BOOL} == int{kDLBool});
+using fa::bindings::Workspace;
 
 using OptionalTensor = ffi::Optional<DLTensor*>;
 
 const fa_tensor* as_fa_tensor(OptionalTensor tensor) {
-  return reinterpret_cast<const fa_tensor*>(tensor.value_or(nullptr));
+  return fa::bindings::as_fa_tensor(tensor.value_or(nullptr));
 }
 
 const char* python_exception(fa_status status) {
@@ -67,35 +55,6 @@ void* current_stream(const fa_tensor* tensor) {
   if (tensor == nullptr || tensor->device_type == FA_CPU) return nullptr;
   return TVMFFIEnvGetStream(tensor->device_type, tensor->device_id);
 }
-
-// Device memory for a call, from the framework of its arguments, whose allocator knows the stream.
-class Workspace {
- public:
-  explicit Workspace(DLDevice device) : device_(device) {}
-
-  // Whether the framework has an allocator to lend.
-  static bool is_lent() { return TVMFFIEnvGetDLPackManagedTensorAllocator() != nullptr; }
-
-  static void* allocate(void* self, int64_t bytes) {
-    return static_cast<Workspace*>(self)->allocate_bytes(bytes);
-  }
-
- private:
-  // Null where the framework has no memory.
-  void* allocate_bytes(int64_t bytes) {
-    const int64_t shape[] = {bytes};
-    try {
-      memory_ = ffi::Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, ffi::ShapeView(shape, 1),
-                                          DLDataType{kDLUInt, 8, 1}, device_);
-    } catch (const ffi::Error&) {
-      return nullptr;
-    }
-    return memory_.value().data_ptr();
-  }
-
-  DLDevice device_;
-  ffi::Optional<ffi::Tensor> memory_;
-};
 
 // A function of one attention call: `call` takes its arguments after those in Extra, which are
 // kBody's.
@@ -137,30 +96,14 @@ struct AttentionCall {
     args.dropout_offset = static_cast<uint64_t>(offset);
     args.backend = backend.has_value() ? backend.value().c_str() : nullptr;
     args.stream = current_stream(args.q);
-    Workspace workspace(q->device);
-    args.allocate_workspace = Workspace::is_lent() ? Workspace::allocate : nullptr;
+    Workspace workspace(TVMFFIEnvGetDLPackManagedTensorAllocator(), q->device);
+    args.allocate_workspace = workspace.is_lent() ? Workspace::allocate : nullptr;
     args.workspace_context = &workspace;
     return kBody(args, extra...);
   }
 };
 
 void run_forward(const fa_attention_args& args) { check(fa_forward(&args)); }
-
-// Whether the call was of a kind that is known, and has run.
-bool run_known(const fa_attention_args& args) {
-  int32_t ran = 0;
-  check(fa_forward_known(&args, &ran));
-  return ran != 0;
-}
-
-// The same for a dense call without further tensors, which has fewer arguments to convert.
-bool run_known_dense(DLTensor* q, DLTensor* k, DLTensor* v, DLTensor* out, OptionalTensor lse,
-                     ffi::Optional<double> softmax_scale, bool causal, int64_t window_left,
-                     int64_t window_right, double softcap) {
-  return AttentionCall<run_known>::call(q, k, v, out, lse, {}, {}, {}, {}, {}, {}, {}, {}, 0, 0,
-                                        softmax_scale, causal, window_left, window_right, softcap,
-                                        0.0, 0, 0, {});
-}
 
 // A body over a KV cache, from one over the call's other arguments.
 template <auto kBody>
@@ -305,6 +248,8 @@ void name_nvrtc_folder(const ffi::String& folder) { check(fa_add_nvrtc_folder(fo
 
 ffi::String library_version() { return fa_version(); }
 
+void* function_for_direct_calls(void* python) { return fa::bindings::direct_call(python); }
+
 // AttentionCall of a body, whose parameters after the first are Extra.
 template <auto kBody, class Result, class First, class... Extra>
 AttentionCall<kBody, Extra...> deduce(Result (*)(First, Extra...));
@@ -314,11 +259,7 @@ using CallOf = decltype(deduce<kBody>(kBody));
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, CallOf<run_forward>::call)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_known, CallOf<run_known>::call)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_known_dense, run_known_dense)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_with_kvcache, CallOf<WithKvcache<run_forward>::call>::call)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_with_kvcache_known,
-                              CallOf<WithKvcache<run_known>::call>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward, CallOf<WithGradients<run_backward>::call>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_oracle, CallOf<run_oracle>::call)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_oracle, CallOf<run_backward_oracle>::call)
@@ -343,3 +284,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_thread_count, adopt_thread_count)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(measure_ceiling, measured_ceiling)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_nvrtc_folder, name_nvrtc_folder)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, library_version)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(direct_call, function_for_direct_calls)

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support import same_bits, tensors
+from support import options_of_every_kind, same_bits, tensors
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func
-from flash_attn._attention import known_dense
+from flash_attn import (
+    _attention,
+    _direct_call,
+    _known,
+    _native,
+    flash_attn_func,
+    flash_attn_varlen_func,
+)
 
 pytestmark = pytest.mark.native
 
 
+def in_a_thread(function: Callable[[], Any]) -> Any:
+    """What a function returns in a thread that has made no call."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
 def known(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether a plain call is of a kind that this thread has made before."""
-    return known_dense(q, k, v, None, False, (-1, -1), 0.0) is not None
+    return _known.attention(q, k, v, None, False, (-1, -1), 0.0) is not None
 
 
 @pytest.fixture
@@ -140,11 +159,119 @@ def test_lengths_on_the_cpu_are_checked_at_each_call():
 
 
 def test_each_thread_has_its_own(made):
-    seen = []
-    thread = threading.Thread(target=lambda: seen.append(known(*made)))
-    thread.start()
-    thread.join()
-    assert seen == [False] and known(*made)
+    assert not in_a_thread(lambda: known(*made)) and known(*made)
+
+
+KINDS = options_of_every_kind(33, 47) | {
+    "dropout": {"dropout_p": 0.3},
+    "dropout, S_dmask": {"dropout_p": 0.3, "return_attn_probs": True},
+}
+
+
+def native_call(options: dict[str, Any], seed: int) -> tuple[Any, ...]:
+    """The native function's arguments for a call with `options`, with new outputs."""
+    q, k, v = tensors(2, 33, 47, dtype=torch.float32)
+    rest = {"dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1)}
+    rest |= {"softcap": 0.0, "alibi_slopes": None, "deterministic": False}
+    rest |= {"return_attn_probs": False} | options
+    extras = [rest.pop(name, None) for name in ("attn_bias", "learnable_sink")]
+    known_options = _attention.Options(**rest)
+    s_dmask = None
+    if known_options.return_attn_probs:
+        s_dmask = torch.zeros_like(_attention.new_s_dmask(q, k, known_options))
+    outputs = torch.zeros_like(q), _attention.new_lse(q, None), s_dmask
+    return _attention._arguments(q, k, v, *outputs, *extras, known_options, seed)
+
+
+def outputs_of(call: tuple[Any, ...]) -> list[torch.Tensor]:
+    return [x for x in call[3:6] if x is not None]
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+def test_every_argument_reaches_the_library(options):
+    def results() -> tuple[list[Any], ...]:
+        first, again, reseeded = (native_call(options, seed) for seed in (3, 3, 4))
+        answers = [_known.run(*first)]
+        _native.forward(*first)
+        answers += [_known.run(*again), _known.run(*reseeded)]
+        _native.forward(*(other := native_call(options, 4)))
+        return answers, *map(outputs_of, (first, again, reseeded, other))
+
+    answers, first, again, reseeded, other = in_a_thread(results)
+    assert answers == [False, True, True]
+    assert all(map(same_bits, first, again)) and all(map(same_bits, reseeded, other))
+    drops = "dropout_p" in options
+    assert drops is not all(map(same_bits, first, reseeded))
+
+
+WRONG = {
+    "q": [None, 1, np.zeros(3)],
+    "k": [None, "k", torch.zeros(2, 2).to_sparse()],
+    "out": [None, torch.zeros(1)],
+    "softmax_lse": [0.5],
+    "max_seqlen_q": [2.0, True, np.int64(0), 2**70, torch.tensor(0)],
+    "softmax_scale": ["a", torch.tensor(0.3), True, 10**400],
+    "causal": [1, 0, "yes", torch.tensor(True)],
+    "window_size[0]": [-1.0, 2**63],
+    "softcap": ["", 1j],
+    "seed": [0.0, -(2**63) - 1],
+    "backend": ["cpu:avx2", ""],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_argument_of_another_type_is_not_known_and_raises_nothing(name):
+    call = native_call({}, 0)
+    _native.forward(*call)
+    for wrong in WRONG[name]:
+        at = list(_native.ARGUMENTS).index(name)
+        assert _known.run(*call[:at], wrong, *call[at + 1 :]) is False, wrong
+    assert _known.run(*call) is True
+
+
+def test_a_call_of_too_few_or_too_many_arguments_is_not_known():
+    call = native_call({}, 0)
+    _native.forward(*call)
+    assert _known.run(*call[:20]) is True  # what is missing is as usual
+    assert [_known.run(*call[:n]) for n in range(4)] == [False] * 4
+    assert _known.run(*call, *[None] * len(_native.KVCACHE_ARGUMENTS)) is True
+    assert _known.run(*call, *[None] * (len(_native.KVCACHE_ARGUMENTS) + 1)) is False
+
+
+def test_arguments_are_neither_kept_nor_let_go():
+    call = native_call({"causal": True, "softmax_scale": 0.123}, 12345678901)
+    _native.forward(*call)
+    _known.run(*call)
+    before = [sys.getrefcount(x) for x in (*call, True, False)]
+    for _ in range(2000):
+        _known.run(*call)
+        _known.run(*call[:3], "wrong")
+    after = [sys.getrefcount(x) for x in (*call, True, False)]
+    assert max(abs(x - y) for x, y in zip(before, after)) < 100
+
+
+def test_where_pytorch_lends_no_tensors_to_c_no_call_is_known(made, monkeypatch):
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    assert _direct_call.make()(*native_call({}, 0)) is False
+
+
+def test_a_call_with_a_gradient_leaves_its_guess():
+    leaves = [x.requires_grad_() for x in tensors(2, 21, 23, head_dim=24)]
+    with torch.enable_grad():
+        flash_attn_func(*leaves)
+    wants_lse = True
+    assert _known.attention(*leaves, None, False, (-1, -1), 0.0, wants_lse) is not None
+
+
+def test_a_wrong_guess_is_noticed(made):
+    q, k, v = made
+    expected = flash_attn_func(q, k, v)
+    whole = torch.randn(1, 33, 8, 32)  # as many elements as q
+    assert whole.numel() == q.numel()
+    for _ in range(2):
+        other = flash_attn_func(whole, whole, whole)
+        assert other.shape == whole.shape
+        assert same_bits(flash_attn_func(q, k, v), expected)
 
 
 def test_a_forced_backend_is_heeded(made, monkeypatch):
@@ -174,7 +301,7 @@ def test_several_kinds_are_kept():
     for kind in kinds:
         flash_attn_func(q, k, v, 0.0, *kind)
     # Two that share their places take turns with a third; most do not.
-    assert sum(known_dense(q, k, v, *kind) is not None for kind in kinds) > len(kinds) // 2
+    assert sum(_known.attention(q, k, v, *kind) is not None for kind in kinds) > len(kinds) // 2
 
 
 def test_more_kinds_than_are_kept(made):
