@@ -11,6 +11,7 @@ using fa::stub::result_of;
 
 namespace {
 
+constexpr int kInvalidContext = 201;
 constexpr int kNotReady = 600;
 int contexts[8];
 thread_local void* current = nullptr;
@@ -101,6 +102,7 @@ FA_STUB int cuFuncSetAttribute(void*, int, int) { return result_of("cuFuncSetAtt
 FA_STUB int cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, unsigned threads,
                            unsigned, unsigned, unsigned shared_bytes, void* stream,
                            void** arguments, void**) {
+  if (current == nullptr) return kInvalidContext;
   fa::stub::Record& record = *fa_stub_record();
   ++record.launches;
   record.grid = grid;
@@ -118,6 +120,7 @@ FA_STUB int cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, un
 FA_STUB int cuTensorMapEncodeTiled(void* map, int, uint32_t, void* address, const uint64_t*,
                                    const uint64_t*, const uint32_t* box, const uint32_t*, int, int,
                                    int, int) {
+  if (current == nullptr) return kInvalidContext;
   ++fa_stub_record()->maps;
   fa_stub_record()->box_rows = box[1];
   std::memset(map, 0, 128);
@@ -125,6 +128,7 @@ FA_STUB int cuTensorMapEncodeTiled(void* map, int, uint32_t, void* address, cons
   return result_of("cuTensorMapEncodeTiled");
 }
 FA_STUB int cuTensorMapReplaceAddress(void* map, void* address) {
+  if (current == nullptr) return kInvalidContext;
   ++fa_stub_record()->moved_maps;
   std::memcpy(map, &address, sizeof(address));
   return result_of("cuTensorMapReplaceAddress");
