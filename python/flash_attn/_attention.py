@@ -32,6 +32,7 @@ _native_on_cpu = _environment.native_serves_cpu()
 _Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
 _are_transforms_active = torch._C._are_functorch_transforms_active
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by a transform
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _CLARIFIED = (TypeError, OverflowError, RuntimeError, BufferError)
 
@@ -588,15 +589,15 @@ def check_tensors(names: tuple[str, ...], tensors: tuple[object, ...]) -> None:
 
 
 def _refuse_transforms(tensors: tuple[torch.Tensor | None, ...]) -> None:
-    if _are_transforms_active():
+    given = [x for x in tensors if isinstance(x, _Tensor)]
+    if _are_transforms_active() and any(map(_is_wrapped, given)):
         transform = torch._C._functorch.peek_interpreter_stack().key().name
         if transform in _UNSUPPORTED_TRANSFORMS:
             raise NotImplementedError(_UNSUPPORTED_TRANSFORMS[transform])
-    if _forward_ad._current_level >= 0:
-        for tensor in tensors:
-            is_tensor = isinstance(tensor, _Tensor)
-            if is_tensor and _forward_ad.unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError(_NO_FORWARD_MODE)
+    if _forward_ad._current_level >= 0 and any(
+        _forward_ad.unpack_dual(x).tangent is not None for x in given
+    ):
+        raise NotImplementedError(_NO_FORWARD_MODE)
 
 
 def check_packed(packing: Packing, tensors: tuple[torch.Tensor, ...], options: Options) -> None:

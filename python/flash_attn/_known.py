@@ -18,7 +18,6 @@ _Tensor = torch.Tensor
 _is_grad_enabled = torch.is_grad_enabled
 # Where is_compiling() says more than this, tensors are fake or a mode is active.
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_are_transforms_active = torch._C._are_functorch_transforms_active
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 # Without the dispatcher; on the current device.
 _empty_strided = {
@@ -69,8 +68,8 @@ def attention(
     wants_lse: bool = False,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
     seqused_k: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
 ) -> Any:
@@ -124,8 +123,7 @@ def with_kvcache(
         lse = allocate(*like_lse) if wants_lse else None
         if not run(
             q, k_cache, v_cache, out, lse, None, None, None, None, block_table, None, None, None,
-            None, None, softmax_scale, causal, left, right, softcap, None, None, None, None,
-            *kvcache_arguments,
+            0, 0, softmax_scale, causal, left, right, softcap, 0.0, 0, 0, None, *kvcache_arguments,
         ):  # fmt: skip
             return None
     except _REPEATED:
@@ -134,11 +132,11 @@ def with_kvcache(
 
 
 def _is_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether PyTorch's dispatcher has no interest in a call."""
+    """Whether PyTorch's dispatcher has no interest in a call. What a transform has wrapped lends no
+    memory, which the native function notices."""
     return (
         type(q) is type(k) is type(v) is _Tensor
         and not _is_dynamo_compiling()
-        and not _are_transforms_active()
         and not _num_dispatch_modes()
         and _forward_ad._current_level < 0
     )

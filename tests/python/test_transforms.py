@@ -102,6 +102,23 @@ def test_transforms_are_refused_by_name(call):
         assert function(q).shape[-1] == q.shape[-1]  # nothing dual: nothing to refuse
 
 
+@pytest.mark.parametrize("call", [0, 3])
+def test_what_transforms_do_not_touch_is_computed(call):
+    q, k, v = tensors(1, 17, 16)
+    function = calls(q, k, v)[call]
+    for _ in range(2):  # then it is a call of a kind that is known
+
+        def around(x: torch.Tensor) -> torch.Tensor:
+            return x + function(q)
+
+        zeros = torch.zeros_like(q)
+        batched = torch.func.vmap(around)(torch.stack((zeros, zeros)))
+        gradient = torch.func.grad(lambda x: around(x).sum())(zeros)
+        out, _ = torch.func.jvp(around, (zeros,), (zeros,))
+        expected = function(q).detach()
+        assert all(same_bits(x, expected) for x in (*batched, out)) and gradient.eq(1).all()
+
+
 def test_forward_mode_through_a_bias_or_sink_is_refused():
     q, k, v = tensors(1, 16, 16)
     bias, sink = torch.zeros(16, 16), torch.zeros(4)
