@@ -441,21 +441,9 @@ def flash_attn_varlen_func(
         or s_aux is not None
     ):
         out = _known.attention(
-            q,
-            k,
-            v,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            False,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            seqused_k,
-            block_table,
-        )
+            q, k, v, softmax_scale, causal, window_size, softcap, False, cu_seqlens_q, cu_seqlens_k,
+            max_seqlen_q, max_seqlen_k, seqused_k, block_table,
+        )  # fmt: skip
         if out is not None:
             return out
     return attention(
@@ -541,29 +529,6 @@ def flash_attn_with_kvcache(
         range, and a row or page that two sequences would append to, is an error before anything is
         written.
     """
-    if alibi_slopes is None and attn_bias is None and learnable_sink is None and s_aux is None:
-        known = _known.with_kvcache(
-            q,
-            k_cache,
-            v_cache,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            return_softmax_lse,
-            block_table,
-            cache_seqlens,
-            cache_batch_idx,
-            cache_leftpad,
-            k,
-            v,
-            rotary_cos,
-            rotary_sin,
-            rotary_interleaved,
-            num_splits,
-        )
-        if known is not None:
-            return known
     for name, tensor in (("k", k), ("v", v)):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: must be a torch.Tensor or None, is {type(tensor).__name__}")
@@ -577,6 +542,14 @@ def flash_attn_with_kvcache(
         cache_seqlens = torch.full(
             (q.size(0),), length("cache_seqlens", cache_seqlens), dtype=torch.int32, device=q.device
         )
+    if alibi_slopes is None and attn_bias is None and learnable_sink is None and s_aux is None:
+        known = _known.with_kvcache(
+            q, k_cache, v_cache, softmax_scale, causal, window_size, softcap, return_softmax_lse,
+            block_table, cache_seqlens, cache_batch_idx, cache_leftpad, k, v,
+            rotary_cos, rotary_sin, rotary_interleaved, num_splits,
+        )  # fmt: skip
+        if known is not None:
+            return known
     out, lse = with_kvcache(
         q,
         (k_cache, v_cache),

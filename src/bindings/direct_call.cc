@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <type_traits>
 #include <variant>
 
 #include "bindings/dlpack_tensor.h"
@@ -47,6 +48,10 @@ using Real = double fa_attention_args::*;
 struct Scale {};
 struct NoBackend {};
 using Field = std::variant<Tensor, Integer, Word, Flag, Real, Scale, NoBackend>;
+
+template <class Kind>
+constexpr bool kMayBeNone =
+    std::is_same_v<Kind, Tensor> || std::is_same_v<Kind, Scale> || std::is_same_v<Kind, NoBackend>;
 
 // In the order of forward()'s arguments, then of those that forward_with_kvcache() has beside them.
 constexpr Field kFields[] = {
@@ -100,8 +105,10 @@ class Call {
   bool read(Object* const* objects, int64_t count) {
     if (count > static_cast<int64_t>(std::size(kFields))) return false;
     for (int64_t i = 0; i < count; ++i) {
-      if (objects[i] == py->none) continue;  // as fa_attention_args_init() has it
-      const auto set = [&](auto field) { return this->set(field, objects[i]); };
+      const auto set = [&](auto field) {
+        if (objects[i] != py->none) return this->set(field, objects[i]);
+        return kMayBeNone<decltype(field)>;  // as fa_attention_args_init() has it
+      };
       if (std::visit(set, kFields[i])) continue;
       py->forget_raised();
       return false;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from support import options_of_every_kind, same_bits, tensors
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn import (
     _attention,
@@ -209,12 +212,12 @@ WRONG = {
     "k": [None, "k", torch.zeros(2, 2).to_sparse()],
     "out": [None, torch.zeros(1)],
     "softmax_lse": [0.5],
-    "max_seqlen_q": [2.0, True, np.int64(0), 2**70, torch.tensor(0)],
+    "max_seqlen_q": [None, 2.0, True, np.int64(0), 2**70, torch.tensor(0)],
     "softmax_scale": ["a", torch.tensor(0.3), True, 10**400],
-    "causal": [1, 0, "yes", torch.tensor(True)],
+    "causal": [None, 1, 0, "yes", torch.tensor(True)],
     "window_size[0]": [-1.0, 2**63],
-    "softcap": ["", 1j],
-    "seed": [0.0, -(2**63) - 1],
+    "softcap": [None, "", 1j],
+    "seed": [None, 0.0, -(2**63) - 1],
     "backend": ["cpu:avx2", ""],
 }
 
@@ -225,7 +228,9 @@ def test_an_argument_of_another_type_is_not_known_and_raises_nothing(name):
     _native.forward(*call)
     for wrong in WRONG[name]:
         at = list(_native.ARGUMENTS).index(name)
-        assert _known.run(*call[:at], wrong, *call[at + 1 :]) is False, wrong
+        for count in (at + 1, 20, len(call)):
+            changed = *call[:at], wrong, *call[at + 1 : count]
+            assert _known.run(*changed) is False, (wrong, count)
     assert _known.run(*call) is True
 
 
@@ -234,20 +239,41 @@ def test_a_call_of_too_few_or_too_many_arguments_is_not_known():
     _native.forward(*call)
     assert _known.run(*call[:20]) is True  # what is missing is as usual
     assert [_known.run(*call[:n]) for n in range(4)] == [False] * 4
-    assert _known.run(*call, *[None] * len(_native.KVCACHE_ARGUMENTS)) is True
-    assert _known.run(*call, *[None] * (len(_native.KVCACHE_ARGUMENTS) + 1)) is False
+    no_cache = *[None] * (len(_native.KVCACHE_ARGUMENTS) - 2), True, 0
+    assert _known.run(*call, *no_cache) is True
+    assert _known.run(*call, *no_cache, None) is False
 
 
 def test_arguments_are_neither_kept_nor_let_go():
     call = native_call({"causal": True, "softmax_scale": 0.123}, 12345678901)
     _native.forward(*call)
     _known.run(*call)
-    before = [sys.getrefcount(x) for x in (*call, True, False)]
+    objects = (*call, True, False, int, float, str, torch.Tensor)
+    before = [sys.getrefcount(x) for x in objects]
     for _ in range(2000):
         _known.run(*call)
-        _known.run(*call[:3], "wrong")
-    after = [sys.getrefcount(x) for x in (*call, True, False)]
+        _known.run(*call[:15], "wrong")
+    after = [sys.getrefcount(x) for x in objects]
     assert max(abs(x - y) for x, y in zip(before, after)) < 100
+
+
+def test_other_threads_run_during_a_known_call():
+    x = torch.randn(1, 3000, 4, 64)
+    flash_attn_func(x, x, x)
+    ticks, done = [], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    begin = time.perf_counter()
+    assert known(x, x, x)
+    end = time.perf_counter()
+    done.set()
+    thread.join()
+    assert sum(begin < t < end for t in ticks) > 3
 
 
 def test_where_pytorch_lends_no_tensors_to_c_no_call_is_known(made, monkeypatch):
@@ -261,6 +287,50 @@ def test_a_call_with_a_gradient_leaves_its_guess():
         flash_attn_func(*leaves)
     wants_lse = True
     assert _known.attention(*leaves, None, False, (-1, -1), 0.0, wants_lse) is not None
+
+
+def test_transforms_are_refused_whatever_is_known(made):
+    q, k, v = made
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        return flash_attn_func(q, k, v)
+
+    for _ in range(2):
+        attend(q)
+        with pytest.raises(NotImplementedError, match="vmap"):
+            torch.func.vmap(attend)(q[None])
+        with pytest.raises(NotImplementedError, match=r"torch\.func\.grad"):
+            torch.func.grad(lambda q: attend(q).sum())(q)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.func.jvp(attend, (q,), (q,))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward_ad"):
+            attend(forward_ad.make_dual(q, q))
+
+
+def test_modes_see_what_is_known(made):
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    expected = flash_attn_func(*made)
+    with Watching():
+        assert same_bits(flash_attn_func(*made), expected)
+    assert any("flash_attention_plus.forward" in name for name in seen)
+
+
+@pytest.mark.parametrize("layout", ["rows of more heads", "heads first"])
+def test_tensors_that_lie_anyhow_are_known(layout):
+    q, k, v = tensors(2, 33, 47, head_dim=32)
+    if layout == "heads first":
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        q = torch.cat([q, q], 2)[:, :, :4]
+    expected = in_a_thread(lambda: flash_attn_func(q, k, v))
+    assert same_bits(flash_attn_func(q, k, v), expected)
+    assert known(q, k, v) and same_bits(flash_attn_func(q, k, v), expected)
 
 
 def test_a_wrong_guess_is_noticed(made):
