@@ -10,6 +10,7 @@
 #include "core/sequence.h"
 #include "cpu/ceilings.h"
 #include "cpu/pairs.h"
+#include "cpu/row_pairs.h"
 
 namespace fa::cpu {
 
@@ -57,12 +58,13 @@ class Booking {
 struct AttentionCall {
   const core::AttentionArgs& args;
   const core::AttentionProblem& problem;
-  float scale_log2;          // softmax_scale * log2(e): scores are kept in base 2
-  int64_t group;             // query heads per key head
-  int64_t panel;             // lanes per panel on the instruction set that runs
-  int64_t tile_keys;         // keys of one tile there
-  const PairKernels* pairs;  // of that instruction set, or null
-  bool may_pack;             // whether panels may hold the queries of all heads of a group
+  float scale_log2;                 // softmax_scale * log2(e): scores are kept in base 2
+  int64_t group;                    // query heads per key head
+  int64_t panel;                    // lanes per panel on the instruction set that runs
+  int64_t tile_keys;                // keys of one tile there
+  const PairKernels* pairs;         // of that instruction set, or null
+  const RowPairKernels* row_pairs;  // for few queries, likewise
+  bool may_pack;                    // whether panels may hold the queries of all heads of a group
   semantics::DropoutKey dropout_key;
   semantics::Word dropout_threshold;
   // The number of the first panel of each batch, all panels of the call counted.
@@ -232,7 +234,8 @@ struct InstructionSet {
   const PairKernels* pairs = nullptr;  // where set, the kernels take bfloat16 alone
   CeilingLoops ceilings{};             // none: those of a set behind it in the list hold for it too
   int64_t backward_tile_keys = kLongTileKeys;
-  int64_t backward_tasks = 32;  // that a call should have, whatever the threads
+  int64_t backward_tasks = 32;                // that a call should have, whatever the threads
+  const RowPairKernels* row_pairs = nullptr;  // for few queries, where they are faster than fp32
 };
 
 // Those that the kernels were compiled for, best first.

@@ -357,6 +357,7 @@ AttentionCall make_call(const AttentionArgs& args, const AttentionProblem& probl
       .panel = set.panel,
       .tile_keys = tile_keys,
       .pairs = set.pairs,
+      .row_pairs = set.row_pairs,
       .may_pack = may_pack,
       .dropout_key = semantics::dropout_key(args.dropout_seed, args.dropout_offset),
       .dropout_threshold = semantics::dropout_threshold(args.dropout_p),

@@ -35,6 +35,11 @@ void add_pairs(const char* name, bool (*supported)(), const PairKernels* pairs,
                   kPanelBytes, pairs});
   list.back().backward_tasks = 64;
 }
+
+void add_avx512_bf16(std::vector<InstructionSet>& list) {
+  add_pairs("cpu:avx512_bf16", has_pairs, avx512_pair_kernels(), list);
+  list.back().row_pairs = avx512_row_pair_kernels();
+}
 #endif
 
 template <int64_t kTarget>
@@ -55,13 +60,13 @@ std::vector<InstructionSet> instruction_sets() {
   // The dot products run at the speed of two FMAs on Zen 4 (164 GFLOP/s against 94 of fp32 FMAs),
   // and slower than the FMAs on Sapphire Rapids (72 against 105).
   const bool fast_pairs = __builtin_cpu_is("amd");
-  if (fast_pairs) add_pairs("cpu:avx512_bf16", has_pairs, avx512_pair_kernels(), list);
+  if (fast_pairs) add_avx512_bf16(list);
 #endif
 #if HWY_ARCH_X86
   add_if_compiled<HWY_AVX3>("cpu:avx512", has_avx512, list);
 #endif
 #if FA_CPU_HAS_PAIRS
-  if (!fast_pairs) add_pairs("cpu:avx512_bf16", has_pairs, avx512_pair_kernels(), list);
+  if (!fast_pairs) add_avx512_bf16(list);
 #endif
 #if HWY_ARCH_X86
   add_if_compiled<HWY_AVX2>("cpu:avx2", has_avx2, list);

@@ -47,7 +47,8 @@ class RowProducts {
  public:
   static constexpr bool kPairs = false;
   static constexpr bool kFewQueries = true;
-  static constexpr int64_t kKeys = 4;  // of one register tile of scores
+  static constexpr int64_t kKeys = 4;        // of one register tile of scores
+  static constexpr int64_t kValueKeys = 24;  // whose values are added to O at once
 
   RowProducts(const ForwardCall& call, const SequenceRun& run, const ForwardScratch& layout,
               float* scratch)
@@ -56,6 +57,12 @@ class RowProducts {
         q_row_(call.problem.head_dim),
         v_row_(round_up(call.problem.head_dim_v, kMaxLanes)),
         scores_(scratch + layout.scores) {}
+
+  // Calls body with the dtype of keys and values as a compile-time value.
+  template <class Body>
+  HWY_INLINE static void with_dtype(core::DataType dtype, Body&& body) {
+    dispatch_dtype(dtype, body);
+  }
 
   // Rows of Q, times scale * log2(e).
   HWY_INLINE void load_queries(const ForwardPanel& panel) const {
@@ -101,12 +108,19 @@ class RowProducts {
     }
   }
 
- private:
+ protected:
   static constexpr int64_t kMaxRows = kLongTileKeys;
-  static constexpr int kSums = HWY_TARGET <= HWY_AVX3 || HWY_TARGET == HWY_NEON ? 16 : 8;
 
   // [lane][key], from the tile's first on.
   HWY_INLINE float* scores_of(int64_t lane) const { return scores_ + lane * kMaxRows; }
+
+  const ForwardCall& call_;
+  const SequenceRun& run_;
+  const int64_t q_row_;
+  const int64_t v_row_;
+
+ private:
+  static constexpr int kSums = HWY_TARGET <= HWY_AVX3 || HWY_TARGET == HWY_NEON ? 16 : 8;
 
   template <core::DataType kType, int kQueries>
   HWY_INLINE void score_block(const ForwardPanel& panel, const void* const (&rows)[kKeys],
@@ -238,10 +252,6 @@ class RowProducts {
     }
   }
 
-  const ForwardCall& call_;
-  const SequenceRun& run_;
-  const int64_t q_row_;
-  const int64_t v_row_;
   float* const scores_;  // [lanes][kMaxRows]
 };
 

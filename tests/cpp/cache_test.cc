@@ -253,9 +253,10 @@ void check_batch(const Call& call, int64_t b) {
   }
 }
 
-std::vector<core::Implementation> cpu_implementations() {
+std::vector<core::Implementation> cpu_implementations(DataType dtype) {
   std::vector<core::Implementation> list;
   core::AttentionProblem trivial;
+  trivial.dtype = dtype;
   trivial.head_dim = trivial.head_dim_v = trivial.num_heads = trivial.num_heads_kv = 1;
   for (const core::Implementation& it : core::implementations(core::DeviceType::kCpu)) {
     if (std::string(it.name).starts_with("cpu:") && it.accept(trivial, {}).ok()) {
@@ -267,7 +268,7 @@ std::vector<core::Implementation> cpu_implementations() {
 
 void check(const Spec& spec) {
   cpu::ThreadPool pool(2);
-  for (const core::Implementation& implementation : cpu_implementations()) {
+  for (const core::Implementation& implementation : cpu_implementations(spec.dtype)) {
     SCOPED_TRACE(implementation.name);
     const Call before(spec);
     Call after(spec);
@@ -334,10 +335,52 @@ TEST(Cache, agrees_with_the_reference_on_random_problems) {
   }
 }
 
+// What kernels for few queries take: whole vectors of head_dim, at most 8 queries of a key head.
+Spec few_queries_spec(uint64_t seed) {
+  Spec s = random_spec(seed);
+  testing::Random random(seed);
+  s.dtype = static_cast<DataType>(static_cast<int>(DataType::kFloat32) + seed % 3);
+  const int64_t group = random.between(1, 8);
+  s.num_heads_kv = random.between(1, 5);
+  s.num_heads = s.num_heads_kv * group;
+  s.seqlen_q = random.between(1, 8 / group);
+  if (s.seqlen_new > 0) s.seqlen_new = s.seqlen_q;
+  s.head_dim = 16 * random.between(1, 11);
+  s.head_dim_v = 16 * random.between(1, 11);
+  s.rotary_dim = 0;
+  return s;
+}
+
+TEST(Cache, few_queries_agree_with_the_reference) {
+  for (uint64_t seed = 200; seed < 224; ++seed) {
+    SCOPED_TRACE(seed);
+    check(few_queries_spec(seed));
+  }
+}
+
+TEST(Cache, an_infinite_value_stays_infinite_for_few_queries) {
+  for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
+    const Spec spec{.dtype = dtype, .seqlen_new = 0, .cached = {1, 3}};
+    for (const core::Implementation& implementation : cpu_implementations(dtype)) {
+      SCOPED_TRACE(implementation.name);
+      Call call(spec);
+      call.v.set(call.at(call.v, 0, 0, 0, 5), INFINITY);
+      call.v.set(call.at(call.v, 1, 2, 0, 5), INFINITY);
+      testing::SerialParallel serial;
+      run(implementation, call, serial);
+      for (int64_t b = 0; b < 2; ++b) {
+        EXPECT_EQ(call.out.get(b * spec.num_heads * spec.head_dim_v + 5), INFINITY);
+        EXPECT_TRUE(std::isfinite(call.out.get(b * spec.num_heads * spec.head_dim_v + 6)));
+      }
+    }
+  }
+}
+
 TEST(Cache, results_do_not_depend_on_the_number_of_threads) {
-  for (uint64_t seed = 100; seed < 110; ++seed) {
-    for (const core::Implementation& implementation : cpu_implementations()) {
-      Call expected(random_spec(seed)), got(random_spec(seed));
+  for (uint64_t seed = 100; seed < 120; ++seed) {
+    const Spec spec = seed < 110 ? random_spec(seed) : few_queries_spec(seed);
+    for (const core::Implementation& implementation : cpu_implementations(spec.dtype)) {
+      Call expected(spec), got(spec);
       testing::SerialParallel serial;
       cpu::ThreadPool pool(3);
       run(implementation, expected, serial);
