@@ -191,7 +191,20 @@ def test_gradients_of_any_size_may_be_described(case, head_dim, dtype, all_are_d
     assert any(choice.kind == tiles.DESCRIBED_KEY_GRADIENT for choice in tiles._chosen)
 
 
-def decoding(heads: int = 6, queries: int = 2, keys: int = 150, head_dim: int = 40):
+@pytest.fixture
+def counted(monkeypatch):
+    """The counters that launches have had."""
+    taken, zeros = [], counters.zeros
+
+    def spy(*arguments):
+        taken.append(zeros(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(counters, "zeros", spy)
+    return taken
+
+
+def decoding(heads: int = 4, queries: int = 2, keys: int = 150, head_dim: int = 40):
     """A function of (q, num_splits) that attends to a cache where Triton runs, and the shape of q.
     The second sequence has so few keys that most splits see none."""
     k, v = (x.to(DEVICE) for x in tensors(2, 1, keys, 2, 2, head_dim)[1:])
@@ -207,7 +220,7 @@ def decoding(heads: int = 6, queries: int = 2, keys: int = 150, head_dim: int = 
 
 @triton_runs
 @pytest.mark.parametrize("one_launch", [True, False], ids=["one_launch", "two_launches"])
-def test_every_call_counts_its_splits_anew(one_launch, only_triton, monkeypatch):
+def test_every_call_counts_its_splits_anew(one_launch, only_triton, counted, monkeypatch):
     monkeypatch.setattr(tiles, "combines_in_one_launch", lambda device: one_launch)
     attend, shape = decoding()
     for splits in (5, 3, 17, 5):
@@ -215,6 +228,7 @@ def test_every_call_counts_its_splits_anew(one_launch, only_triton, monkeypatch)
         whole, out = attend(q, 1), attend(q, splits)
         assert (out - whole).abs().max() <= 1e-5, splits
         assert torch.equal(out, attend(q, splits)), splits
+    assert bool(counted) == one_launch
 
 
 @triton_runs
@@ -250,15 +264,18 @@ def test_captured_launches_and_streams_have_counters_of_their_own():
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU whose programs combine splits")
-def test_graphs_and_calls_combine_their_splits_beside_each_other(only_triton):
-    attend, shape = decoding(64, 1, 3000, 128)
+def test_graphs_and_calls_combine_their_splits_beside_each_other(only_triton, counted):
+    attend, shape = decoding(8, 1, 3000, 128)
     qs = [torch.randn(shape, device=DEVICE) for _ in range(3)]
     expected = [attend(q, 13) for q in qs]
     torch.cuda.synchronize()
+    num_eager = len(counted)
     graphs, outs = [torch.cuda.CUDAGraph() for _ in qs[:2]], []
     for graph, q in zip(graphs, qs):
         with torch.cuda.graph(graph):
             outs.append([attend(q, 13) for _ in range(5)])
+    captured = {x.data_ptr() for x in counted[num_eager:]}
+    assert len(captured) == 10 and counted[0].data_ptr() not in captured
     assert torch.equal(attend(qs[2], 13), expected[2])
     streams = [torch.cuda.Stream() for _ in range(3)]
     called = []

@@ -43,8 +43,8 @@ from .tiles import Tile
 _MAX_GROUPED_QUERIES = 16
 _MAX_SPLITS = 128
 _ENOUGH_OF_THE_FASTEST = 0.9
-# More rows of a block are combined sooner by programs of their own.
-_COMBINED_BY_THE_LAST = 8
+# More rows of a block are more than one processor loads as soon as another launch would.
+_COMBINED_BY_THE_LAST = 4
 _COMBINED_AT_ONCE = 16
 _COMBINED_BY_A_WARP = 4096  # fp32: 128 registers a thread
 _COMBINE_WARPS = 1
