@@ -54,7 +54,9 @@ def test_an_unknown_backend_is_refused(monkeypatch):
         flash_attn_func(*tensors())
 
 
-@pytest.mark.parametrize("head_dim,head_dim_v", [(1, 1), (3, 5), (64, 128), (192, 128), (512, 512)])
+@pytest.mark.parametrize(
+    "head_dim,head_dim_v", [(1, 1), (3, 5), (64, 128), (192, 128), (256, 256), (512, 512)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_head_dim(head_dim, head_dim_v, dtype):
     q, k, v = tensors(

@@ -176,11 +176,9 @@ def test_problems_of_any_size_may_be_described(options, head_dim, dtype, all_are
     assert_close(out.cpu(), lse.cpu(), dlpack.oracle(q, k, v, **options), bound)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("case", test_backward.CASES)
-@describes
-def test_gradients_of_any_size_may_be_described(case, head_dim, dtype, all_are_described):
+def check_gradients(case: str, head_dim: int, dtype: torch.dtype) -> None:
+    """Gradients of lengths that tiles do not divide."""
+
     def function(q, k, v, **options):
         there = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
         return flash_attn_func(*map(on_device, (q, k, v)), **there).cpu()
@@ -188,7 +186,21 @@ def test_gradients_of_any_size_may_be_described(case, head_dim, dtype, all_are_d
     inputs = dict(zip("qkv", tensors(2, 150, 210, head_dim=head_dim, dtype=dtype)))
     with torch.enable_grad():
         test_backward.check(function, inputs, **test_backward.CASES[case])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("case", test_backward.CASES)
+@describes
+def test_gradients_of_any_size_may_be_described(case, head_dim, dtype, all_are_described):
+    check_gradients(case, head_dim, dtype)
     assert any(choice.kind == tiles.DESCRIBED_KEY_GRADIENT for choice in tiles._chosen)
+
+
+@pytest.mark.parametrize("case", test_backward.CASES)
+@triton_runs
+def test_gradients_of_head_dim_256(case, only_triton):
+    check_gradients(case, 256, torch.float16)
 
 
 @pytest.fixture

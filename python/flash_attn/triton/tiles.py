@@ -50,7 +50,7 @@ class Tile(NamedTuple):
 # an H100 (docs/notes/triton.md); the others are what fits the registers and shared memory of each.
 _TABLES: dict[str, dict[str, dict[int, Tile]]] = {
     "hopper": {
-        FORWARD: {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
+        FORWARD: {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 32, 8, 3)},
         DESCRIBED: {
             64: Tile(64, 64, 4, 3, 128, True),
             128: Tile(64, 64, 4, 3, 0, True),
