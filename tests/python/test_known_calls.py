@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 import time
@@ -231,6 +232,7 @@ def test_an_argument_of_another_type_is_not_known_and_raises_nothing(name):
         for count in (at + 1, 20, len(call)):
             changed = *call[:at], wrong, *call[at + 1 : count]
             assert _known.run(*changed) is False, (wrong, count)
+            ctypes.pythonapi.PyErr_Occurred()  # raises what has been left behind
     assert _known.run(*call) is True
 
 
