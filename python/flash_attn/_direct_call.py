@@ -66,6 +66,8 @@ def make() -> Callable[..., bool]:
     )
     table = (ctypes.c_void_p * len(addresses))(*addresses)
     function = _native.direct_call(ctypes.c_void_p(ctypes.addressof(table)))
+    if not function:
+        return _know_none
     definition = _MethodDefinition(b"forward_known", function, _METH_FASTCALL, None)
     _kept.extend((table, definition))
     new = api["PyCFunction_NewEx"]

@@ -191,7 +191,9 @@ Object* call_if_known(Object*, Object* const* objects, ptrdiff_t count) noexcept
 }  // namespace
 
 void* direct_call(const void* python) {
-  py = static_cast<const PythonInterface*>(python);
+  const auto* given = static_cast<const PythonInterface*>(python);
+  if (given->tensors->header.version.major != DLPACK_MAJOR_VERSION) return nullptr;
+  py = given;
   return reinterpret_cast<void*>(&call_if_known);
 }
 

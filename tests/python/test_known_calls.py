@@ -283,6 +283,16 @@ def test_where_pytorch_lends_no_tensors_to_c_no_call_is_known(made, monkeypatch)
     assert _direct_call.make()(*native_call({}, 0)) is False
 
 
+def test_the_functions_of_another_dlpack_are_not_called(monkeypatch):
+    call = native_call({}, 0)
+    _native.forward(*call)
+    another = (ctypes.c_uint32 * 32)(7, 0)
+    address = ctypes.addressof(another)
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", address)
+    assert _direct_call.make()(*call) is False
+    assert _known.run(*call) is True
+
+
 def test_a_call_with_a_gradient_leaves_its_guess():
     leaves = [x.requires_grad_() for x in tensors(2, 21, 23, head_dim=24)]
     with torch.enable_grad():
