@@ -35,9 +35,11 @@ class FewQueriesRun {
     for (int64_t h = 0; h < num_heads_; ++h) keys = heads_[h]->start();
     Products::with_dtype(call_.args.k.dtype, [&](auto dtype) HWY_ATTR {
       first_head().run().for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
+        // Equal parts of a tile.
+        const int64_t part = call_.tile_keys / ((call_.tile_keys - 1) / kLongTileKeys + 1);
         int64_t begin = tile.keys.begin;
         while (begin < tile.keys.end) {
-          const int64_t end = std::min<int64_t>(round_up(begin + 1, kLongTileKeys), tile.keys.end);
+          const int64_t end = std::min<int64_t>(round_up(begin + 1, part), tile.keys.end);
           this->template attend<dtype()>({begin, end}, keys.end);
           begin = end;
         }

@@ -74,6 +74,7 @@ class ForwardTaskRun {
 
   // What was accumulated becomes outputs, or a part to combine.
   HWY_INLINE void finish() {
+    if constexpr (Products::kPairs) products_.finish_values();
     for (int64_t p = 0; p < task_.num_panels; ++p) {
       ForwardPanel& panel = panels_[p];
       if (!panel.started) {
@@ -165,7 +166,7 @@ class ForwardTaskRun {
   }
 
   // S, P = softmax(S), O += P V for one panel and one tile.
-  HWY_INLINE void attend(ForwardPanel& panel, const KeyTile& keys) const {
+  HWY_INLINE void attend(ForwardPanel& panel, const KeyTile& keys) {
     const ScoreTile tile = run_.score_tile(panel, keys, scores_);
     if (tile.begin >= tile.end) return;
     if constexpr (Products::kPairs) {

@@ -399,7 +399,8 @@ ForwardScratch ForwardScratch::layout(const AttentionProblem& problem, int64_t m
   layout.running_sum = book.take(max_panels * kMaxPanel);
   layout.k = book.take(tile_keys * padded_row(problem.head_dim));
   layout.v = book.take(tile_keys * padded_row(problem.head_dim_v));
-  layout.scores = book.take(tile_keys * kMaxPanel);
+  // Pairs have two chunks of them, and two buffers of half their size for probabilities.
+  layout.scores = book.take((tile_keys + 2 * kChunkKeys) * kMaxPanel);
   layout.rows = book.take(kMaxPanel * v_row);
   layout.total = book.total();
   return layout;

@@ -41,6 +41,15 @@ inline __attribute__((always_inline)) __m512i pair_of(__m512 low, __m512 high) {
   return _mm512_mask_blend_epi16(kHighHalves, _mm512_srli_epi32(low_bits, 16), high_bits);
 }
 
+// Words of a column of pairs, after which the next chunk's begin.
+constexpr int64_t kChunkPairs = kChunkKeys / 2 * kVectorLanes;
+
+// A cache line that the next chunk writes: a store that finds it in L2 alone takes four times as
+// long, and the next ones wait for it.
+inline __attribute__((always_inline)) void ask_for(const void* line) {
+  _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T0);
+}
+
 // PairProbabilities, two keys at a time.
 class ProbabilityRows {
  public:
@@ -55,14 +64,17 @@ class ProbabilityRows {
 
   // Rows `row` and `row` + 1.
   inline __attribute__((always_inline)) void two_rows(int64_t row) {
+    if (chunk_.ahead != nullptr)
+      ask_for_lines<2 * kAheadPerRow>(chunk_.ahead + row * kAheadPerRow * 64);
 #pragma GCC unroll 4
     for (int v = 0; v < kChunkVectors; ++v) {
       const float* scores = chunk_.scores + v * kChunkColumn + row * kVectorLanes;
       const __m512 even = probability(scores, maximum_[v]);
       const __m512 odd = probability(scores + kVectorLanes, maximum_[v]);
       add_now(sum_[v], _mm512_add_ps(even, odd));
-      _mm512_storeu_si512(chunk_.pairs + v * chunk_.column_step + row / 2 * kVectorLanes,
-                          pair_of(even, odd));
+      uint32_t* pairs = chunk_.pairs + v * chunk_.column_step + row / 2 * kVectorLanes;
+      _mm512_storeu_si512(pairs, pair_of(even, odd));
+      ask_for(pairs + kChunkPairs);
     }
   }
 
@@ -74,6 +86,14 @@ class ProbabilityRows {
   }
 
  private:
+  static constexpr int kAheadPerRow = kChunkAhead / 64 / kChunkKeys;  // cache lines
+
+  template <int kLines>
+  static inline __attribute__((always_inline)) void ask_for_lines(const char* at) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLines; ++i) _mm_prefetch(at + 64 * i, _MM_HINT_T1);
+  }
+
   inline __attribute__((always_inline)) __m512 probability(const float* scores, __m512 maximum) {
     return exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores), scale_, maximum));
   }
@@ -109,11 +129,14 @@ class GradientRows {
         const int64_t to = at + v / 2 * kBlockA + r * kPairDepth;
         store_rounded(p[r][0], p[r][1], chunk_.p + to);
         store_rounded(ds[r][0], ds[r][1], chunk_.ds + to);
+        ask_for(chunk_.p + to + kChunkKeys / kPairRows * chunk_.row_step);
+        ask_for(chunk_.ds + to + kChunkKeys / kPairRows * chunk_.row_step);
       }
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        _mm512_storeu_si512(chunk_.ds_pairs + (v + i) * chunk_.column_step + row / 2 * kVectorLanes,
-                            pair_of(ds[0][i], ds[1][i]));
+        uint32_t* pairs = chunk_.ds_pairs + (v + i) * chunk_.column_step + row / 2 * kVectorLanes;
+        _mm512_storeu_si512(pairs, pair_of(ds[0][i], ds[1][i]));
+        ask_for(pairs + kChunkPairs);
       }
     }
   }

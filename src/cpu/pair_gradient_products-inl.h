@@ -12,7 +12,7 @@
 #endif
 
 #include "cpu/gradient_products-inl.h"
-#include "cpu/pair_products-inl.h"
+#include "cpu/pair_parts-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fa::cpu {
@@ -100,7 +100,7 @@ class PairGradientProducts {
     const ScoreTile ds = tile.in(ds_);
     pack_pairs(panel, ds);
     clear_pairs_around(panel, ds);
-    pair_key_sum(call_, panel, ds, k_transposed_, k_row_, !first, panel.dq);
+    call_.pairs->multiply(pair_key_sum(call_, panel, ds, k_transposed_, k_row_, !first, panel.dq));
   }
 
   // Whether `differentiate` serves a panel.
@@ -139,9 +139,10 @@ class PairGradientProducts {
           {scores.scores, chunk.products[1].c, scales_late ? call_.scale_log2 : 1.0f, panel.lse,
            panel.delta, p_to + row, ds_to + row, kGatheredStep, words(pairs.at(at / 2, 0)),
            pairs.column_step},
-          at + kChunkKeys < end ? next.products : nullptr);
+          next.products, at + kChunkKeys < end ? 2 : 0);
     }
-    pair_key_sum(call_, panel, pairs, k_transposed_, k_row_, !first, panel.dq);
+    call_.pairs->multiply(
+        pair_key_sum(call_, panel, pairs, k_transposed_, k_row_, !first, panel.dq));
   }
 
   HWY_INLINE void finish_tile() {

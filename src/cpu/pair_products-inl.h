@@ -7,112 +7,12 @@
 #define FA_CPU_PAIR_PRODUCTS_INL_H_
 #endif
 
-#include "cpu/pair_softmax-inl.h"
-#include "cpu/sequence-inl.h"
+#include "core/validate.h"
+#include "cpu/pair_parts-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fa::cpu {
 namespace HWY_NAMESPACE {
-
-// S^T[key][query] = sum of a[key][d] b[query][d], b being packed, for what the panel's queries see.
-HWY_INLINE void pair_score_product(const AttentionCall& call, const SequenceRun& run,
-                                   const QueryPanel& panel, const ScoreTile& tile,
-                                   const uint16_t* a, int64_t depth, const float* b) {
-  constexpr int64_t kStrip = 2 * kPairColumns;  // so that a causal mask cuts closely
-  const int64_t columns = round_up(panel.num_lanes, kPairColumns);
-  const int64_t strip = run.crosses_band(panel, tile) && panel.one_head() ? kStrip : columns;
-  const auto keys_of = run.keys_of(panel, tile);
-  for (int64_t column = 0; column < columns; column += strip) {
-    const int64_t width = std::min(strip, columns - column);
-    const semantics::Range keys = keys_of(column, column + width);
-    if (keys.empty()) continue;
-    const int64_t first = keys.begin / kPairRows * kPairRows;
-    call.pairs->multiply({.a = a + first * depth,
-                          .a_row_step = kPairRows * depth,
-                          .b = reinterpret_cast<const uint32_t*>(b) + column * depth / 2,
-                          .b_depth_step = kBlockB,
-                          .b_column_step = kPairColumns * depth / 2,
-                          .c = tile.at(first, column / kPairColumns),
-                          .c_column_step = tile.column_step,
-                          .rows = round_up(keys.end, kPairRows) - first,
-                          .columns = width,
-                          .depth = depth,
-                          .accumulate = false});
-  }
-}
-
-// The scores of the tile's chunk from row `first` on, in one of two buffers that take turns.
-HWY_INLINE ScoreTile chunk_of(const ScoreTile& tile, int64_t first) {
-  return {tile.scores + first / kChunkKeys % 2 * kChunkKeys * kPanel,
-          tile.first_key + first,
-          std::max<int64_t>(tile.begin - first, 0),
-          std::min(tile.end - first, kChunkKeys),
-          kLanes,
-          kChunkColumn};
-}
-
-// s = -inf in rows outside the tile, so that the chunk is a whole one.
-HWY_INLINE void hide_rows_outside(ScoreTile& chunk) {
-  const auto hide = [&](int64_t begin, int64_t end) HWY_ATTR {
-    for (int64_t v = 0; v < kPanel / kLanes; ++v) {
-      std::fill_n(chunk.at(begin, v), (end - begin) * kLanes, kMinusInfinity);
-    }
-  };
-  if (chunk.begin > 0) hide(0, chunk.begin);
-  if (chunk.end < kChunkKeys) hide(chunk.end, kChunkKeys);
-  chunk.begin = 0;
-  chunk.end = kChunkKeys;
-}
-
-// Whether a panel's chunks are as wide as the kernels for chunks want them.
-HWY_INLINE bool fills_chunks(const QueryPanel& panel) {
-  return panel.vectors() * kLanes == kChunkLanes;
-}
-
-// The product of a whole chunk of keys.
-HWY_INLINE PairProduct whole_product(const uint16_t* a, int64_t depth, const float* b,
-                                     const ScoreTile& chunk) {
-  return {.a = a,
-          .a_row_step = kPairRows * depth,
-          .b = reinterpret_cast<const uint32_t*>(b),
-          .b_depth_step = kBlockB,
-          .b_column_step = kPairColumns * depth / 2,
-          .c = chunk.scores,
-          .c_column_step = chunk.column_step,
-          .rows = kChunkKeys,
-          .columns = kChunkLanes,
-          .depth = depth,
-          .accumulate = false};
-}
-
-// C += A P^T or A dS^T, for what the panel's queries see. a: blocks of tile_keys of depth; p: pairs
-// in the place of scores.
-HWY_INLINE void pair_key_sum(const AttentionCall& call, const QueryPanel& panel, const ScoreTile& p,
-                             const uint16_t* a, int64_t rows, bool accumulate, float* c) {
-  const int64_t first = p.begin / kPairDepth * kPairDepth;
-  call.pairs->multiply({.a = a + first * kPairRows,
-                        .a_row_step = kPairRows * call.tile_keys,
-                        .b = reinterpret_cast<const uint32_t*>(p.at(first / 2, 0)),
-                        .b_depth_step = kBlockB,
-                        .b_column_step = p.column_step,
-                        .c = c,
-                        .c_column_step = rows * kPairColumns,
-                        .rows = rows,
-                        .columns = round_up(panel.num_lanes, kPairColumns),
-                        .depth = round_up(p.end, kPairDepth) - first,
-                        .accumulate = accumulate});
-}
-
-// Rows of a panel from their transpose in blocks of C: to[lane][0 .. n).
-HWY_INLINE void rows_of_blocks(const float* HWY_RESTRICT from, int64_t n, int64_t num_lanes,
-                               float* HWY_RESTRICT to, int64_t row) {
-  for (int64_t lane = 0; lane < num_lanes; lane += kPairColumns) {
-    for (int64_t d = 0; d < n; d += 4) {
-      transpose_4_rows(from + lane * n + d * kPairColumns, kPairColumns,
-                       std::min(kPairColumns, num_lanes - lane), 1.0f, to + lane * row + d, row);
-    }
-  }
-}
 
 class PairProducts {
  public:
@@ -159,8 +59,12 @@ class PairProducts {
 
   HWY_INLINE void load_values(const KeyTile& tile) {
     if (call_.packed.tiles != nullptr) {
-      v_ = packed_keys(call_, run_, tile) + call_.tile_keys * depth_;
+      const uint16_t* packed = packed_keys(call_, run_, tile);
+      v_ = packed + call_.tile_keys * depth_;
+      ahead_ = reinterpret_cast<const char*>(packed) + call_.packed.floats * sizeof(float);
+      ahead_end_ = ahead_ + call_.packed.floats * sizeof(float);
     } else {
+      finish_values();  // which read the tile before
       pack_values(call_, run_, tile, own_v_);
     }
   }
@@ -194,8 +98,10 @@ class PairProducts {
   }
 
   // S, P = softmax(S), O += P V for one panel and one tile. The scores of a chunk of keys become
-  // probabilities before they leave L1; O += P V has the whole tile, since it reads and writes O.
-  HWY_INLINE void attend(ForwardPanel& panel, const ScoreTile& tile, int64_t batch) const {
+  // probabilities before they leave L1; O += P V has the whole tile, since it reads and writes O,
+  // and is done beside the exponentials that come next: products halve the speed of vectors, which
+  // therefore need all of them.
+  HWY_INLINE void attend(ForwardPanel& panel, const ScoreTile& tile, int64_t batch) {
     if (!panel.started) {
       std::fill_n(panel.running_max, kPanel, kMinusInfinity);
       std::fill_n(panel.running_sum, kPanel, 0.0f);
@@ -203,6 +109,9 @@ class PairProducts {
     const bool whole = fills_chunks(panel) && !call_.problem.dropout;
     ScoreTile pairs = pairs_of(tile);
     pairs.end = pairs.begin;
+    int64_t num_chunks =
+        (round_up(tile.end, kChunkKeys) - tile.begin / kChunkKeys * kChunkKeys) / kChunkKeys;
+    int64_t chunks_done = 0;
     for (int64_t first = tile.begin / kChunkKeys * kChunkKeys; first < tile.end;
          first += kChunkKeys) {
       ScoreTile chunk = chunk_of(tile, first);
@@ -214,20 +123,30 @@ class PairProducts {
       if (whole) hide_rows_outside(chunk);
       alignas(64) float correction[kPanel];
       if (raise_maxima(panel, chunk, scale_, most_lag_, correction)) {
+        finish_values();
         add_values(panel, pairs);
         pairs.begin = pairs.end;
         if (panel.started) rescale(panel, correction);
       }
       if (whole) {
-        exponentiate(panel, tile, first, pairs);
+        exponentiate(panel, tile, first, pairs, chunks_done, num_chunks);
       } else {
         store_probabilities(call_, panel, chunk, scale_, batch, pairs.at(first / 2, 0),
                             pairs.column_step);
       }
       pairs.end = end;
+      ++chunks_done;
     }
-    add_values(panel, pairs);
+    finish_values();
+    if (whole && v_rows_ % kBesideRows == 0) {
+      postpone_values(panel, pairs);
+    } else {
+      add_values(panel, pairs);
+    }
   }
+
+  // Does what `attend` left for later.
+  HWY_INLINE void finish_values() { postponed_.finish(*call_.pairs); }
 
   // O from O^T, one row per lane.
   HWY_INLINE void store_rows(const ForwardPanel& panel, float* HWY_RESTRICT rows) const {
@@ -239,36 +158,52 @@ class PairProducts {
   // was accumulated is rescaled rarely. Sums stay far from overflow, and bfloat16 as precise.
   static constexpr float kMostLag = 8.0f;
 
-  // The tile's probabilities, in pairs behind both: [kPanel / kLanes][tile_keys / 2][kLanes].
-  HWY_INLINE ScoreTile pairs_of(const ScoreTile& tile) const {
-    ScoreTile pairs = tile.in(tile.scores + 2 * kChunkKeys * kPanel);
+  // The tile's probabilities, in pairs behind both, [kPanel / kLanes][tile_keys / 2][kLanes], in
+  // one of two buffers that take turns.
+  HWY_INLINE ScoreTile pairs_of(const ScoreTile& tile) {
+    second_ = !second_;
+    const int64_t buffer = second_ ? call_.tile_keys / 2 * kPanel : 0;
+    ScoreTile pairs = tile.in(tile.scores + 2 * kChunkKeys * kPanel + buffer);
     pairs.column_step = call_.tile_keys / 2 * kLanes;
     return pairs;
   }
 
-  // p = exp2(s - maximum) of a whole chunk, while the scores of the next one are multiplied.
+  // p = exp2(s - maximum) of a whole chunk, one of num_chunks, while the scores of the next one and
+  // a part of what was postponed are multiplied, in this order for the scores to be there next.
   HWY_INLINE void exponentiate(const ForwardPanel& panel, const ScoreTile& tile, int64_t first,
-                               const ScoreTile& pairs) const {
+                               const ScoreTile& pairs, int64_t index, int64_t num_chunks) {
     alignas(64) float maximum[kPanel];
     for (int64_t v = 0; v < panel.vectors(); ++v) {
       const Float m = hn::Load(kFloats, panel.running_max + v * kLanes);
       hn::Store(finite_maximum(m), kFloats, maximum + v * kLanes);
     }
     const int64_t next = first + kChunkKeys;
-    const PairProduct product =
-        whole_product(k_ + next * depth_, depth_, panel.q, chunk_of(tile, next));
+    PairProduct products[1 + PostponedProduct::max_parts(core::kMaxHeadDim)];
+    int count = 0;
+    if (next < tile.end) {
+      products[count++] = whole_product(k_ + next * depth_, depth_, panel.q, chunk_of(tile, next));
+    }
+    count += postponed_.take(index, num_chunks, products + count);
+    const char* ahead = ahead_ < ahead_end_ ? ahead_ : nullptr;
+    ahead_ += kChunkAhead;
     call_.pairs->exponentiate(
         {chunk_of(tile, first).scores, scale_, maximum, panel.running_sum,
-         reinterpret_cast<uint32_t*>(pairs.at(first / 2, 0)), pairs.column_step},
-        next < tile.end ? &product : nullptr);
+         reinterpret_cast<uint32_t*>(pairs.at(first / 2, 0)), pairs.column_step, ahead},
+        products, count);
   }
 
   // O += P V.
   HWY_INLINE void add_values(ForwardPanel& panel, const ScoreTile& pairs) const {
-    if (pairs.begin >= pairs.end) return;
+    if (pairs.begin < pairs.end) call_.pairs->multiply(values_product(panel, pairs));
+  }
+  HWY_INLINE void postpone_values(ForwardPanel& panel, const ScoreTile& pairs) {
+    if (pairs.begin < pairs.end) postponed_.postpone(values_product(panel, pairs));
+  }
+  HWY_INLINE PairProduct values_product(ForwardPanel& panel, const ScoreTile& pairs) const {
     clear_pairs_around(panel, pairs);
-    pair_key_sum(call_, panel, pairs, v_, v_rows_, panel.started, panel.o);
+    const bool accumulate = panel.started;
     panel.started = true;
+    return pair_key_sum(call_, panel, pairs, v_, v_rows_, accumulate, panel.o);
   }
 
   // Multiplies what was accumulated for queries whose maximum was replaced.
@@ -295,6 +230,11 @@ class PairProducts {
   // The tile in work.
   const uint16_t* k_;
   const uint16_t* v_;
+  PostponedProduct postponed_;  // O += P V of the panel before
+  bool second_ = false;         // buffer of probabilities
+  // What is yet to be asked for of the packed tile that comes next.
+  const char* ahead_ = nullptr;
+  const char* ahead_end_ = nullptr;
 };
 
 // The keys and values of a run of tiles, for all tasks that read them.

@@ -60,7 +60,10 @@ struct PairProbabilities {
   float* sum;            // [kChunkLanes]
   uint32_t* pairs;       // [kChunkKeys / 2][kPairColumns] of each block of columns
   int64_t column_step;   // words
+  const char* ahead;     // kChunkAhead bytes to be had in L2 soon, or null
 };
+// Half a tile of keys and values of head_dim 128 for 16 chunks, those of two panels.
+inline constexpr int64_t kChunkAhead = 4096;
 
 // p = exp2(s * scale - lse) and ds = p (dp - delta) of a whole chunk.
 struct PairGradients {
@@ -77,15 +80,18 @@ struct PairGradients {
   int64_t column_step;
 };
 
+inline constexpr int64_t kBesideRows = 2 * kPairRows;
+inline constexpr int64_t kBesideColumns = 2 * kPairColumns;
+
 struct PairKernels {
   // Around a task's products, on the thread that runs them.
   void (*begin)();
   void (*end)();
   void (*multiply)(const PairProduct& product);
-  // What becomes of a chunk, and beside it a product of kChunkKeys rows and kChunkLanes columns, or
-  // two for gradients, or null.
-  void (*exponentiate)(const PairProbabilities& chunk, const PairProduct* beside);
-  void (*differentiate)(const PairGradients& chunk, const PairProduct* beside);
+  // What becomes of a chunk, and beside it `count` products whose rows and columns are multiples of
+  // kBesideRows and kBesideColumns.
+  void (*exponentiate)(const PairProbabilities& chunk, const PairProduct* beside, int count);
+  void (*differentiate)(const PairGradients& chunk, const PairProduct* beside, int count);
   // A = the rows.
   void (*pack_a)(const PairRows& from, uint16_t* to, int64_t row_step);
   // A = the rows' transpose.

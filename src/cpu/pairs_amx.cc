@@ -24,11 +24,21 @@ void end() { _tile_release(); }
 // Blocks lie end to end, 64 bytes a row.
 constexpr int64_t kStride = 64;
 
+// Asks for half a block.
+inline __attribute__((always_inline)) void ask_for_half(const uint16_t* block, int half) {
+  constexpr int kLines = 8;
+  const char* lines = reinterpret_cast<const char*>(block) + half * kLines * 64;
+#pragma GCC unroll 8
+  for (int i = 0; i < kLines; ++i) _mm_prefetch(lines + i * 64, _MM_HINT_T0);
+}
+
 // Tile registers have constant names: accumulators 0 to 3, operands 4 to 7. Loads come as early as
 // the registers allow: two threads on a core leave too few for the processor to rename.
 
-// Two blocks of rows and two of columns: the fewest loads per product, which do not overlap.
-// Calls between(), which may do something else, twice for each block of depth.
+// Two blocks of rows and two of columns: the fewest loads per product. The blocks of A for the next
+// step, or for the next two rows, are asked for ahead: A comes from L2, and a busy neighbour on the
+// core leaves no room to wait for it. Calls between(), which may do something else, twice for each
+// block of depth.
 template <class Between>
 inline __attribute__((always_inline)) void multiply_2x2(const PairProduct& p, int64_t row,
                                                         int64_t column, Between&& between) {
@@ -52,14 +62,18 @@ inline __attribute__((always_inline)) void multiply_2x2(const PairProduct& p, in
     _tile_loadd(5, a + p.a_row_step, kStride);
     _tile_loadd(6, b, kStride);
     _tile_loadd(7, b + p.b_column_step, kStride);
+    a = d + kPairDepth < p.depth ? a + kBlockA : p.a + (row + 2) * p.a_row_step;
+    b += p.b_depth_step;
     _tile_dpbf16ps(0, 4, 6);
+    ask_for_half(a, 0);
     _tile_dpbf16ps(1, 4, 7);
+    ask_for_half(a, 1);
     between();
     _tile_dpbf16ps(2, 5, 6);
+    ask_for_half(a + p.a_row_step, 0);
     _tile_dpbf16ps(3, 5, 7);
+    ask_for_half(a + p.a_row_step, 1);
     between();
-    a += kBlockA;
-    b += p.b_depth_step;
   }
   _tile_stored(0, c0, kStride);
   _tile_stored(1, c1, kStride);
@@ -122,34 +136,43 @@ class Spread {
 };
 
 // The tile unit multiplies while vector units do the rows: program order brings both within the
-// processor's reach. Without products, the rows alone.
+// processor's reach.
 template <class Rows>
 inline __attribute__((always_inline)) void multiply_beside(const PairProduct* products, int count,
                                                            Rows& rows) {
-  if (products == nullptr) {
+  int64_t slots = 0;
+  for (int i = 0; i < count; ++i) {
+    const PairProduct& p = products[i];
+    slots += p.rows / kBesideRows * (p.columns / kBesideColumns) * 2 * (p.depth / kPairDepth);
+  }
+  if (slots == 0) {
     all_rows(rows);
     return;
   }
-  constexpr int64_t kBlocks = kChunkLanes / kPairColumns / 2;
-  int64_t slots = 0;
-  for (int i = 0; i < count; ++i) slots += kBlocks * 2 * (products[i].depth / kPairDepth);
   Spread spread(rows, slots);
-  for (int64_t block = 0; block < count * kBlocks; ++block) {
+  int64_t row = 0, column = 0;
+  for (const PairProduct* p = products; p < products + count;) {
     multiply_2x2(
-        products[block / kBlocks], 0,
-        block % kBlocks * 2, [&]() __attribute__((always_inline)) { spread(); });
+        *p, row, column, [&]() __attribute__((always_inline)) { spread(); });
+    row += 2;
+    if (row * kPairRows < p->rows) continue;
+    row = 0;
+    column += 2;
+    if (column * kPairColumns < p->columns) continue;
+    column = 0;
+    ++p;
   }
   spread.finish();
 }
 
-void exponentiate(const PairProbabilities& chunk, const PairProduct* beside) {
+void exponentiate(const PairProbabilities& chunk, const PairProduct* beside, int count) {
   ProbabilityRows rows(chunk);
-  multiply_beside(beside, 1, rows);
+  multiply_beside(beside, count, rows);
 }
 
-void differentiate(const PairGradients& chunk, const PairProduct* beside) {
+void differentiate(const PairGradients& chunk, const PairProduct* beside, int count) {
   GradientRows rows(chunk);
-  multiply_beside(beside, 2, rows);
+  multiply_beside(beside, count, rows);
 }
 
 // The operating system saves tile registers only for processes that asked for them.

@@ -77,14 +77,14 @@ void multiply(const PairProduct& p) {
   for (; block < blocks; ++block) multiply_strip<16, 1>(p, block);
 }
 
-void exponentiate(const PairProbabilities& chunk, const PairProduct* beside) {
-  if (beside != nullptr) multiply(*beside);
+void exponentiate(const PairProbabilities& chunk, const PairProduct* beside, int count) {
+  for (int i = 0; i < count; ++i) multiply(beside[i]);
   ProbabilityRows rows(chunk);
   all_rows(rows);
 }
 
-void differentiate(const PairGradients& chunk, const PairProduct* beside) {
-  for (int i = 0; i < 2 && beside != nullptr; ++i) multiply(beside[i]);
+void differentiate(const PairGradients& chunk, const PairProduct* beside, int count) {
+  for (int i = 0; i < count; ++i) multiply(beside[i]);
   GradientRows rows(chunk);
   all_rows(rows);
 }

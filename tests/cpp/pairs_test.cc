@@ -114,24 +114,28 @@ TEST_F(Pairs, probabilities_and_the_product_beside_them_agree) {
   for (int64_t depth : {32, 64, 96, 128, 256}) {
     const Buffer<float> scores = floats(kChunkKeys * kChunkLanes, 3);
     const Buffer<float> maximum = floats(kChunkLanes, 4);
-    const auto run = [&](const PairKernels& kernels, bool beside, Buffer<float>& c) {
-      Operands operands(kChunkKeys, kChunkLanes, depth, 9);
+    const Buffer<char> ahead(kChunkAhead);
+    const auto run = [&](const PairKernels& kernels, int beside, Operands(&operands)[2]) {
+      const PairProduct products[2] = {operands[0].product, operands[1].product};
       Buffer<uint32_t> pairs(kPairs);
       Buffer<float> sum = floats(kChunkLanes, 5);
-      kernels.exponentiate(
-          {scores.data, 0.7f, maximum.data, sum.data, pairs.data, kChunkKeys / 2 * kPairColumns},
-          beside ? &operands.product : nullptr);
-      c = std::move(operands.c);
+      kernels.exponentiate({scores.data, 0.7f, maximum.data, sum.data, pairs.data,
+                            kChunkKeys / 2 * kPairColumns, ahead.data},
+                           products, beside);
       std::vector<uint32_t> result(pairs.data, pairs.data + kPairs);
       for (int64_t i = 0; i < kChunkLanes; ++i)
         result.push_back(std::bit_cast<uint32_t>(sum.data[i]));
       return result;
     };
-    Buffer<float> one(0), other(0), untouched(0);
-    const std::vector<uint32_t> expected = run(avx512(), true, other);
-    EXPECT_EQ(run(amx(), true, one), expected) << "depth " << depth;
-    expect_near(one, other, "c");
-    EXPECT_EQ(run(amx(), false, untouched), expected) << "depth " << depth;
+    for (int beside : {0, 1, 2}) {
+      // What is left of a chunk's products differs in shape, and is added to.
+      Operands one[2] = {{kChunkKeys, kChunkLanes, depth, 9}, {2 * kBesideRows, 32, 96, 19}};
+      Operands other[2] = {{kChunkKeys, kChunkLanes, depth, 9}, {2 * kBesideRows, 32, 96, 19}};
+      one[1].product.accumulate = other[1].product.accumulate = true;
+      EXPECT_EQ(run(amx(), beside, one), run(avx512(), beside, other))
+          << "depth " << depth << ", " << beside << " products";
+      for (int i = 0; i < 2; ++i) expect_near(one[i].c, other[i].c, "c");
+    }
   }
 }
 
@@ -146,7 +150,7 @@ TEST_F(Pairs, gradients_and_the_products_beside_them_agree) {
       Buffer<uint32_t> pairs(kCount / 2);
       kernels.differentiate({scores.data, dp.data, 0.7f, lse.data, delta.data, p.data, ds.data,
                              kPairRows * kChunkLanes, pairs.data, kChunkKeys / 2 * kPairColumns},
-                            products);
+                            products, 2);
       std::vector<uint32_t> result(p.data, p.data + kCount);
       result.insert(result.end(), ds.data, ds.data + kCount);
       result.insert(result.end(), pairs.data, pairs.data + kCount / 2);
@@ -165,9 +169,9 @@ TEST_F(Pairs, probabilities_are_those_of_the_formula) {
   Buffer<float> sum(kChunkLanes);
   Buffer<uint32_t> pairs(kChunkKeys / 2 * kChunkLanes);
   scores.data[0] = -std::numeric_limits<float>::infinity();
-  avx512().exponentiate(
-      {scores.data, kScale, maximum.data, sum.data, pairs.data, kChunkKeys / 2 * kPairColumns},
-      nullptr);
+  avx512().exponentiate({scores.data, kScale, maximum.data, sum.data, pairs.data,
+                         kChunkKeys / 2 * kPairColumns, nullptr},
+                        nullptr, 0);
   for (int64_t lane = 0; lane < kChunkLanes; ++lane) {
     double expected_sum = 0;
     for (int64_t key = 0; key < kChunkKeys; ++key) {
