@@ -18,6 +18,7 @@ echo "== accuracy, by $processes processes"
 shared=(-m pytest -q --numprocesses "$processes" --dist worksteal)
 failed=()
 "$python" "${shared[@]}" tests/python/test_cuda.py || failed+=(test_cuda)
+"$python" "${shared[@]}" tests/python/test_known_calls_cuda.py || failed+=(test_known_calls)
 "$python" "${shared[@]}" --device cuda tests/python/test_kvcache.py || failed+=(test_kvcache)
 
 if command -v compute-sanitizer >/dev/null; then
