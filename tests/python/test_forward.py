@@ -38,6 +38,14 @@ def test_dense_meets_the_oracle(options, dtype):
     check_dense(*tensors(dtype=dtype), **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_that_grow_from_tile_to_tile(dtype):
+    """What was accumulated is rescaled, in each tile anew."""
+    keys = 900
+    q, k, v = tensors(seqlen_q=70, seqlen_k=keys, dtype=dtype)
+    check_dense(q, k * torch.linspace(0.2, 4.0, keys, dtype=dtype)[:, None, None], v)
+
+
 @pytest.mark.parametrize("name,dtype", served(), ids=str)
 def test_a_forced_implementation_runs_and_meets_the_oracle(name, dtype, monkeypatch):
     monkeypatch.setenv("FLASH_ATTENTION_BACKEND", name)
