@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,17 @@ def test_captured_launches_and_streams_have_counters_of_their_own():
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     assert not any(x.any() for x in taken)
     assert of.of_stream(1, 9).data_ptr() == taken[4].data_ptr()
+
+
+def test_counters_outlive_the_capture_of_a_graph():
+    """Which remembers their address alone."""
+    of = counters._Counters(torch.device("cpu"))
+    of.of_stream(0, 1)
+    memory = []
+    for _ in range(3):
+        of._refill(counters._PIECE)
+        memory.append(weakref.ref(of.captured(8)._base))
+    assert all(piece() is not None for piece in memory)
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU whose programs combine splits")

@@ -40,6 +40,7 @@ class _Counters:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._streams: dict[int, torch.Tensor] = {}
+        self._pieces: list[torch.Tensor] = []  # kept: graphs know no more than addresses
         self._spare = self._zeros(0)
         self._num_captured = 0
         self._is_short = False
@@ -76,6 +77,7 @@ class _Counters:
 
     def _refill(self, count: int) -> None:
         self._spare = self._zeros(count)
+        self._pieces.append(self._spare)
         if self._device.type != "cpu":  # whatever stream uses them, they are 0
             torch.cuda.current_stream(self._device).synchronize()
         self._is_short = False
