@@ -133,7 +133,8 @@ def with_kvcache(
 
 def _is_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether PyTorch's dispatcher has no interest in a call. What a transform has wrapped lends no
-    memory, which the native function notices."""
+    memory, which the native function notices; a view of negated values, which DLPack cannot tell
+    from others, is the imaginary part of a complex tensor, whose steps of two no known call has."""
     return (
         type(q) is type(k) is type(v) is _Tensor
         and not _is_dynamo_compiling()
