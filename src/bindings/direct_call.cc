@@ -192,7 +192,9 @@ Object* call_if_known(Object*, Object* const* objects, ptrdiff_t count) noexcept
 
 void* direct_call(const void* python) {
   const auto* given = static_cast<const PythonInterface*>(python);
-  if (given->tensors->header.version.major != DLPACK_MAJOR_VERSION) return nullptr;
+  const DLPackExchangeAPI& tensors = *given->tensors;
+  if (tensors.header.version.major != DLPACK_MAJOR_VERSION) return nullptr;
+  if (tensors.dltensor_from_py_object_no_sync == nullptr) return nullptr;  // it need not be there
   py = given;
   return reinterpret_cast<void*>(&call_if_known);
 }

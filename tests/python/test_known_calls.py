@@ -283,10 +283,11 @@ def test_where_pytorch_lends_no_tensors_to_c_no_call_is_known(made, monkeypatch)
     assert _direct_call.make()(*native_call({}, 0)) is False
 
 
-def test_the_functions_of_another_dlpack_are_not_called(monkeypatch):
+@pytest.mark.parametrize("version", [7, 1], ids=["another version", "no function"])
+def test_the_functions_of_another_dlpack_are_not_called(version, monkeypatch):
     call = native_call({}, 0)
     _native.forward(*call)
-    another = (ctypes.c_uint32 * 32)(7, 0)
+    another = (ctypes.c_uint32 * 32)(version, 0)
     address = ctypes.addressof(another)
     monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", address)
     assert _direct_call.make()(*call) is False
