@@ -3,6 +3,11 @@
 // A status code becomes a Python exception of the built-in kind: ValueError, NotImplementedError,
 // MemoryError, RuntimeError.
 #include <flash_attn/flash_attn.h>
+#include <tvm/ffi/base_details.h>
+// With it the text of a function's signature is built in place for each of its arguments, in case
+// that is wrong: of functions of 30 arguments that took the compiler minutes.
+#undef TVM_FFI_INLINE
+#define TVM_FFI_INLINE inline
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tuple.h>
 #include <tvm/ffi/error.h>
