@@ -64,7 +64,7 @@ class BackwardTaskRun {
   // dK and dV of a chunk of keys, and its share of dQ.
   HWY_INLINE void differentiate(int64_t chunk) {
     const int64_t seqlen_k = run_.sequence().seqlen_k;
-    const int64_t num_tiles = (seqlen_k + call_.tile_keys - 1) / call_.tile_keys;
+    const int64_t num_tiles = ceil_div(seqlen_k, call_.tile_keys);
     const semantics::Range keys{
         chunk * num_tiles / call_.num_chunks * call_.tile_keys,
         std::min((chunk + 1) * num_tiles / call_.num_chunks * call_.tile_keys, seqlen_k)};

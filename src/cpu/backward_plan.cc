@@ -26,13 +26,12 @@ double flops_per_pair(const AttentionProblem& problem) {
 // Chunks of keys, whose tasks many threads share; their number must not depend on the threads.
 int64_t num_chunks(const AttentionProblem& problem, const InstructionSet& set) {
   const int64_t sequences = std::max<int64_t>(problem.batch * problem.num_heads_kv, 1);
-  const int64_t tiles = (problem.seqlen_k + set.backward_tile_keys - 1) / set.backward_tile_keys;
+  const int64_t tiles = ceil_div(problem.seqlen_k, set.backward_tile_keys);
   const double flops = flops_per_pair(problem) * static_cast<double>(problem.seqlen_q) *
                        static_cast<double>(problem.seqlen_k) *
                        static_cast<double>(problem.num_heads / problem.num_heads_kv);
   const auto worth = static_cast<int64_t>(std::min(flops / kMinFlopsPerChunk, 1e6));
-  const int64_t wanted =
-      std::min({(set.backward_tasks + sequences - 1) / sequences, kMaxChunks, worth});
+  const int64_t wanted = std::min({ceil_div(set.backward_tasks, sequences), kMaxChunks, worth});
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(tiles, 1));
 }
 
@@ -155,7 +154,7 @@ class BackwardPlan final : public core::Plan {
       return heads >= kHeadsPerWorker * num_workers ? whole_heads_ : phases_;
     }
     constexpr double kMostIdle = 0.1;
-    const int64_t rounds = (heads + num_workers - 1) / num_workers;
+    const int64_t rounds = ceil_div(heads, num_workers);
     const auto idle = static_cast<double>(rounds * num_workers - heads);
     return idle <= kMostIdle * static_cast<double>(heads) ? whole_heads_ : phases_;
   }
@@ -195,7 +194,7 @@ class BackwardPlan final : public core::Plan {
     std::vector<BackwardTask> tasks;
     for (int32_t b = 0; b < problem_.batch; ++b) {
       const core::Sequence sequence = core::sequence(call.args, problem_, b);
-      const int64_t tiles = (sequence.seqlen_k + tile_keys_ - 1) / tile_keys_;
+      const int64_t tiles = ceil_div(sequence.seqlen_k, tile_keys_);
       const int64_t panels = call.panels_per_head_kv(sequence);
       for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
         const int64_t begin = chunk * tiles / num_chunks * tile_keys_;
@@ -228,8 +227,8 @@ class BackwardPlan final : public core::Plan {
 
   std::vector<BackwardTask> bias_tasks(const AttentionArgs& args) const {
     const core::TensorView& bias = args.d_attn_bias;
-    const int64_t num_tiles = (problem_.seqlen_k + tile_keys_ - 1) / tile_keys_;
-    const int64_t num_blocks = (problem_.seqlen_q + set_.panel - 1) / set_.panel;
+    const int64_t num_tiles = ceil_div(problem_.seqlen_k, tile_keys_);
+    const int64_t num_blocks = ceil_div(problem_.seqlen_q, set_.panel);
     const int64_t parts = bias_extent(bias, 1) > 1   ? num_tiles
                           : bias_extent(bias, 2) > 1 ? num_blocks
                                                      : 1;

@@ -32,8 +32,8 @@ class BiasGradientRun {
     const core::AttentionProblem& problem = call_.problem;
     const bool per_query = bias_extent(to_, 2) > 1;
     const bool per_key = bias_extent(to_, 1) > 1;
-    const int64_t num_blocks = (problem.seqlen_q + kPanel - 1) / kPanel;
-    const int64_t num_tiles = (problem.seqlen_k + call_.tile_keys - 1) / call_.tile_keys;
+    const int64_t num_blocks = ceil_div(problem.seqlen_q, kPanel);
+    const int64_t num_tiles = ceil_div(problem.seqlen_k, call_.tile_keys);
     const semantics::Range one{task_.first, task_.first + 1};
     const semantics::Range tiles = per_key ? one : semantics::Range{0, num_tiles};
     const semantics::Range blocks = per_query && !per_key ? one : semantics::Range{0, num_blocks};

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/arithmetic.h"
 #include "core/attention_args.h"
 #include "core/problem.h"
 #include "core/semantics.h"
@@ -31,9 +32,8 @@ inline constexpr int64_t kMaxHeadsTogether = 16;  // key heads of a task of few 
 inline constexpr int64_t kGatheredPanels = 4;
 inline constexpr int64_t kMaxPanels = 16;  // panels that share each key tile
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
+using core::ceil_div;
+using core::round_up;
 
 // Floats between rows of n: rows that are a power of two apart would share few sets of an L1 cache.
 constexpr int64_t padded_row(int64_t n) {
@@ -80,7 +80,7 @@ struct AttentionCall {
   // neighbours read the same keys.
   int64_t panels_per_head_kv(const core::Sequence& sequence) const {
     if (sequence.seqlen_q == 0) return 0;
-    return packs_group(sequence) ? 1 : (sequence.seqlen_q + panel - 1) / panel * group;
+    return packs_group(sequence) ? 1 : ceil_div(sequence.seqlen_q, panel) * group;
   }
 };
 

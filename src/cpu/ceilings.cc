@@ -201,7 +201,7 @@ double multiply_pairs(const PairKernels& pairs, int64_t rows, int64_t columns, i
   pairs.begin();
   for (int64_t i = 0; i < repeats; i += kStepsPerProduct) pairs.multiply(product);
   pairs.end();
-  const double products = static_cast<double>((repeats + kStepsPerProduct - 1) / kStepsPerProduct);
+  const double products = static_cast<double>(ceil_div(repeats, kStepsPerProduct));
   return 2.0 * products * static_cast<double>(rows * columns * kDepth);
 }
 

@@ -36,7 +36,7 @@ class FewQueriesRun {
     Products::with_dtype(call_.args.k.dtype, [&](auto dtype) HWY_ATTR {
       first_head().run().for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
         // Equal parts of a tile.
-        const int64_t part = call_.tile_keys / ((call_.tile_keys - 1) / kLongTileKeys + 1);
+        const int64_t part = call_.tile_keys / ceil_div(call_.tile_keys, kLongTileKeys);
         int64_t begin = tile.keys.begin;
         while (begin < tile.keys.end) {
           const int64_t end = std::min<int64_t>(round_up(begin + 1, part), tile.keys.end);

@@ -45,7 +45,7 @@ struct Cut {
     panels_per_task = std::clamp<int64_t>(panels / kWantedTasks, 1, in_cache);
     // Key heads that share a task count as one.
     const int64_t blocks = few ? std::max<int64_t>(panels / kHeadsPerSplitTask, 1) : panels;
-    const int64_t wanted = (kWantedTasksOfSplits + blocks - 1) / blocks;
+    const int64_t wanted = ceil_div(kWantedTasksOfSplits, blocks);
     num_splits = std::clamp<int64_t>(seqlen_k / kMinKeysPerSplit, 1, wanted);
     if (problem.num_splits > 0) num_splits = problem.num_splits;
     if (problem.wants_s_dmask) num_splits = 1;  // its values need the maximum over all keys
@@ -55,7 +55,7 @@ struct Cut {
       return;
     }
     const PackedTiles tiles{
-        nullptr, (problem.seqlen_k + set.tile_keys - 1) / set.tile_keys,
+        nullptr, ceil_div(problem.seqlen_k, set.tile_keys),
         set.tile_keys *
             (round_up(problem.head_dim, kPairDepth) + round_up(problem.head_dim_v, kPairRows)) / 2};
     const int64_t bytes =
@@ -311,7 +311,7 @@ class ForwardPlan final : public core::Plan {
     for (int32_t b = 0; b < problem_.batch; ++b) {
       const core::Sequence sequence = core::sequence(call.args, problem_, b);
       const int64_t panels = call.panels_per_head_kv(sequence);
-      const int64_t blocks = (panels + cut.panels_per_task - 1) / cut.panels_per_task;
+      const int64_t blocks = ceil_div(panels, cut.panels_per_task);
       for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
         for (int64_t block = blocks - 1; block >= 0; --block) {
           const int64_t first = block * cut.panels_per_task;

@@ -87,7 +87,7 @@ class FloatGradientProducts {
       clear_rows(tile.end, num_rows_);
       started_ = true;
     }
-    const int64_t k_vectors = (call_.problem.head_dim + kLanes - 1) / kLanes;
+    const int64_t k_vectors = ceil_div(call_.problem.head_dim, kLanes);
     value_product(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile), !first,
                   panel.dq, round_up(call_.problem.head_dim, kMaxLanes));
   }
@@ -110,8 +110,8 @@ class FloatGradientProducts {
   template <bool kAccumulate>
   HWY_INLINE void accumulate_keys(const BackwardPanel& panel, const ScoreTile& tile) const {
     const auto queries_of = run_.queries_of(panel, tile);
-    const int64_t k_vectors = (call_.problem.head_dim + kLanes - 1) / kLanes;
-    const int64_t v_vectors = (call_.problem.head_dim_v + kLanes - 1) / kLanes;
+    const int64_t k_vectors = ceil_div(call_.problem.head_dim, kLanes);
+    const int64_t v_vectors = ceil_div(call_.problem.head_dim_v, kLanes);
     key_product<kAccumulate>(p_, dout_rows(panel), v_row_, v_vectors, tile.begin, tile.end,
                              queries_of, dv_);
     key_product<kAccumulate>(ds_, q_rows(panel), k_row_, k_vectors, tile.begin, tile.end,

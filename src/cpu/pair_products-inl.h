@@ -109,13 +109,12 @@ class PairProducts {
     const bool whole = fills_chunks(panel) && !call_.problem.dropout;
     ScoreTile pairs = pairs_of(tile);
     pairs.end = pairs.begin;
-    int64_t num_chunks =
-        (round_up(tile.end, kChunkKeys) - tile.begin / kChunkKeys * kChunkKeys) / kChunkKeys;
-    int64_t chunks_done = 0;
-    for (int64_t first = tile.begin / kChunkKeys * kChunkKeys; first < tile.end;
-         first += kChunkKeys) {
+    const int64_t first_chunk = tile.begin / kChunkKeys;
+    const int64_t num_chunks = ceil_div(tile.end, kChunkKeys) - first_chunk;
+    for (int64_t index = 0; index < num_chunks; ++index) {
+      const int64_t first = (first_chunk + index) * kChunkKeys;
       ScoreTile chunk = chunk_of(tile, first);
-      if (!whole || pairs.end == tile.begin) {  // else it was multiplied beside the one before
+      if (!whole || index == 0) {  // else it was multiplied beside the one before
         pair_score_product(call_, run_, panel, chunk, k_ + first * depth_, depth_, panel.q);
       }
       run_.finish_scores(panel, chunk, scales_late_);
@@ -129,13 +128,12 @@ class PairProducts {
         if (panel.started) rescale(panel, correction);
       }
       if (whole) {
-        exponentiate(panel, tile, first, pairs, chunks_done, num_chunks);
+        exponentiate(panel, tile, first, pairs, index, num_chunks);
       } else {
         store_probabilities(call_, panel, chunk, scale_, batch, pairs.at(first / 2, 0),
                             pairs.column_step);
       }
       pairs.end = end;
-      ++chunks_done;
     }
     finish_values();
     if (whole && v_rows_ % kBesideRows == 0) {

@@ -29,7 +29,7 @@ inline __attribute__((always_inline)) void ask_for_half(const uint16_t* block, i
   constexpr int kLines = 8;
   const char* lines = reinterpret_cast<const char*>(block) + half * kLines * 64;
 #pragma GCC unroll 8
-  for (int i = 0; i < kLines; ++i) _mm_prefetch(lines + i * 64, _MM_HINT_T0);
+  for (int i = 0; i < kLines; ++i) ask_for(lines + i * 64);
 }
 
 // Tile registers have constant names: accumulators 0 to 3, operands 4 to 7. Loads come as early as

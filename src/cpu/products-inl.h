@@ -61,7 +61,7 @@ class FloatProducts {
 
   // O += P V.
   HWY_INLINE void values(const ForwardPanel& panel, const ScoreTile& tile) const {
-    const int64_t vectors = (call_.problem.head_dim_v + kLanes - 1) / kLanes;
+    const int64_t vectors = ceil_div(call_.problem.head_dim_v, kLanes);
     value_product(tile.scores, panel.num_lanes, v_, v_row_, vectors, run_.keys_of(panel, tile),
                   panel.started, panel.o, o_row_);
   }

@@ -25,7 +25,7 @@ struct QueryPanel {
   int64_t num_lanes;
   semantics::Range keys;  // visible to at least one of the queries
 
-  int64_t vectors() const { return (num_lanes + kLanes - 1) / kLanes; }
+  int64_t vectors() const { return ceil_div(num_lanes, kLanes); }
   bool one_head() const { return queries_per_head == num_lanes; }
   int64_t head(int64_t lane) const { return first_head + lane / queries_per_head; }
   int64_t query(int64_t lane) const { return first_query + lane % queries_per_head; }

@@ -122,7 +122,7 @@ class SequenceRun : public SequenceRows {
       if (lanes.empty()) return semantics::Range{0, 0};
       return semantics::Range{
           lanes.begin / kValueRows * kValueRows / kLanes,
-          (std::min(round_up(lanes.end, kValueRows), panel.num_lanes) + kLanes - 1) / kLanes};
+          ceil_div(std::min(round_up(lanes.end, kValueRows), panel.num_lanes), kLanes)};
     };
   }
 

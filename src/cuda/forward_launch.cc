@@ -91,10 +91,10 @@ Status ForwardLaunch::run(const LoadedKernel& kernel, const TensorView& q,
                           const core::Stream& stream) const {
   const KernelSpec& spec = kernel.id.spec;
   TensorMaps maps;
-  // The driver makes and moves maps only for a thread with a context; a new one has none.
-  const CurrentContext current(device_);
-  FA_TRY(current.status());
   if (kernel.id.family == Family::kForward90) {
+    // The driver makes and moves maps only for a thread with a context; a new one has none.
+    const CurrentContext current(device_);
+    FA_TRY(current.status());
     launch_args.pages.box_rows = static_cast<int>(box_rows(problem_, spec));
     FA_TRY(make_tensor_maps(*device_.driver, q, args, launch_args.pages.box_rows, maps));
   }
