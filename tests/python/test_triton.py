@@ -142,6 +142,19 @@ def test_products_of_the_backward_overlap(head_dim, causal, all_are_described, t
         assert "serialized" not in told.stderr, told.stderr
 
 
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+def test_launches_that_overlap_wait_before_they_load(name):
+    with launches_compile(TARGETS[name], 32) as compiled:
+        launch_all_kernels()
+    overlap = {kernel.name for kernel in compiled if kernel.overlaps}
+    decoding = {"append_kernel", "forward_kernel", "combine_kernel"}
+    assert overlap == (decoding if name == "sm_90" else set())
+    for kernel in compiled:
+        before, wait, _ = kernel.assembly.partition("griddepcontrol.wait")
+        assert bool(wait) == kernel.overlaps
+        assert not wait or not any(x in before for x in ("ld.global", "cp.async", "st.global"))
+
+
 @pytest.mark.parametrize(
     "programs,keys,splits",
     [(8, 4096, 16), (32, 4096, 4), (64, 16384, 2), (512, 4096, 1), (1, 64, 1)],

@@ -77,6 +77,7 @@ class Compiled(NamedTuple):
     shared: int  # bytes
     binary: bytes
     assembly: str  # PTX, or AMD's
+    overlaps: bool  # begins before the launch before it has ended
 
 
 @contextlib.contextmanager
@@ -97,7 +98,10 @@ def launches_compile(target: Target, largest: int) -> Iterator[list[Compiled]]:
         binary, assembly = (
             result.asm[n] for n in (("cubin", "ptx") if nvidia else ("hsaco", "amdgcn"))
         )
-        compiled.append(Compiled(kernel.fn.__name__, result.metadata.shared, binary, assembly))
+        overlaps = options.get("launch_pdl", False)
+        compiled.append(
+            Compiled(kernel.fn.__name__, result.metadata.shared, binary, assembly, overlaps)
+        )
 
     def from_table(*arguments: Any) -> tiles.Tile:
         tile = table(*arguments)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .vocabulary import wait_for_launch_before
+
 
 @triton.jit
 def place(
@@ -112,9 +114,11 @@ def append_kernel(
     HALF: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     DIMS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Program: (batch, row), a head of a new key, of a new value or, where COS and SIN turn them,
     of a query, which goes to ROTATED."""
+    wait_for_launch_before(OVERLAPS)
     program = tl.program_id(0)
     TURNS: tl.constexpr = COS is not None
     new_rows = 2 * num_heads_kv * num_new

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .vocabulary import LN2, LOG2E
+from .vocabulary import LN2, LOG2E, wait_for_launch_before
 
 
 @triton.jit
@@ -117,8 +117,10 @@ def combine_kernel(
     AT_ONCE: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Program: a token and a head."""
+    wait_for_launch_before(OVERLAPS)
     program = tl.program_id(0)
     head = program % num_heads + tl.arange(0, 1)
     token = tl.cast(program // num_heads, tl.int64) + tl.arange(0, 1)

@@ -27,6 +27,7 @@ from .vocabulary import (
     sequence_of_keys,
     sequence_of_queries,
     softcap_tanh,
+    wait_for_launch_before,
 )
 
 
@@ -165,12 +166,14 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     COMBINED: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Program: (batch, head or group of heads, block of rows), the last one fastest; split. With
     SPLIT, results go to PARTIAL and PARTIAL_LSE (see combine). With ENDED, which counts the splits
     of a block that have ended and is 0 before and after, the last of them combines all, COMBINED
     rows and AT_ONCE splits at a time. DESCRIBED: Q, K and V are tensor
     descriptors, of boxes [1, BLOCK, 1, head_dim]."""
+    wait_for_launch_before(OVERLAPS)
     program = tl.program_id(0)
     # The last queries see the most keys under a causal mask: they begin first.
     block = num_blocks - 1 - program % num_blocks

@@ -104,6 +104,8 @@ class _Launch:
         self.options = {"num_warps": tile.warps, "num_stages": tile.stages}
         if tile.registers:
             self.options["maxnreg"] = tile.registers
+        if values.get("OVERLAPS"):
+            self.options["launch_pdl"] = True
         self.compiled: Any = None
 
     def __call__(self, *first: Any) -> None:
@@ -187,6 +189,7 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
             programs,
             values
             | {"num_splits": splits, "num_blocks": blocks, "SPLIT": splits > 1}
+            | {"OVERLAPS": (decodes or splits > 1) and tiles.overlaps_launches(call.q.device)}
             | {"BLOCK_M": block_m, "BLOCK_N": tile.n, "DESCRIBED": tile.described}
             | _combined(call, rows, tile),
             tile,
@@ -297,6 +300,7 @@ def _combine_launch(call: Call, splits: int) -> _Launch:
         "AT_ONCE": _COMBINED_AT_ONCE,
         "DV": dv,
         "BLOCK_DV": padded(dv),
+        "OVERLAPS": tiles.overlaps_launches(call.q.device),
     }
     programs = call.q.numel() // call.q.size(-1)
     return _Launch(combine_kernel, programs, values, _rows(_COMBINE_WARPS))
@@ -338,6 +342,7 @@ def _append_plan(call: Call, cache: Cache) -> Callable[[Call, Cache], Call]:
         "HALF": cache.rotary_cos.size(1) if turns else 1,
         "PAGE_SIZE": 0 if call.block_table is None else call.k.size(1),
         "DIMS": dims(call),
+        "OVERLAPS": tiles.overlaps_launches(call.q.device),
     }
     launch = _Launch(append_kernel, batch * rows, values, _rows(1))
 

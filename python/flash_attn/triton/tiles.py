@@ -20,6 +20,7 @@ import triton
 from .. import _environment
 from .._call import Call
 from .arguments import padded
+from .vocabulary import gdc_wait
 
 FORWARD = "forward"
 DESCRIBED = "described forward"  # where tensor descriptors can describe q, k and v
@@ -134,6 +135,11 @@ def combines_in_one_launch(device: torch.device) -> bool:
     """Whether a program may read what programs beside it in the launch have written and counted:
     whether the vendor's Triton orders the stores of a whole program before its atomic."""
     return vendor(device) in _COMBINES_IN_ONE_LAUNCH
+
+
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a launch may begin before the one before it has ended (wait_for_launch_before)."""
+    return vendor(device) == "hopper" and gdc_wait is not None
 
 
 @functools.cache

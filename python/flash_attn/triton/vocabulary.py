@@ -21,6 +21,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # before release 3.4
+    gdc_launch_dependents = gdc_wait = None
+
 # Triton's interpreter multiplies the bits of bf16 as if they were integers.
 WIDENS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -52,6 +57,18 @@ class Dims(NamedTuple):
     v: int
     padded_qk: int
     padded_v: int
+
+
+# ---- Launches one after the other. ----
+
+
+@triton.jit
+def wait_for_launch_before(OVERLAPS: tl.constexpr):
+    """What a kernel does first whose launch overlaps the one before it (CUDA's programming guide,
+    "Programmatic Dependent Launch"): waits for its results, and lets the next launch begin."""
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 # ---- Where a sequence lies. ----
