@@ -20,7 +20,7 @@ import triton
 from .. import _environment
 from .._call import Call
 from .arguments import padded
-from .vocabulary import gdc_wait
+from .vocabulary import INTERPRETED, gdc_wait
 
 FORWARD = "forward"
 DESCRIBED = "described forward"  # where tensor descriptors can describe q, k and v
@@ -122,7 +122,7 @@ _DECODE_CANDIDATES = tuple(
 @functools.cache
 def vendor(device: torch.device) -> str:
     """Whose table holds for a device."""
-    if device.type == "cpu":
+    if device.type == "cpu" or INTERPRETED.value:
         return "interpreter"
     if device.type == "cuda" and torch.version.hip is not None:
         return "amd"

@@ -26,8 +26,7 @@ try:
 except ImportError:  # before release 3.4
     gdc_launch_dependents = gdc_wait = None
 
-# Triton's interpreter multiplies the bits of bf16 as if they were integers.
-WIDENS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 KEYS_PER_DRAW = tl.constexpr(8)
@@ -191,7 +190,8 @@ def load_paged_rows(
 @triton.jit
 def product(a, b, acc):
     """a b, added to acc where that is not None, in fp32 without rounding of the inputs."""
-    if WIDENS:
+    # Triton's interpreter multiplies the bits of bf16 as if they were integers.
+    if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
