@@ -50,15 +50,11 @@ class FewQueriesRun {
 
  private:
   using HeadRun = ForwardTaskRun<Products>;
+  // Rows of values that are added at once, head by head; fewer where those of all heads are long.
+  static constexpr int64_t kFewValueKeys = 8;
+  static constexpr int64_t kLongRows = 4096;  // bytes
   // Rows asked for ahead of their use.
-  static constexpr int64_t kRowsAhead = 16;
-
-  // Of the first head.
-  struct Row {
-    const char* data;
-    int64_t bytes;
-    int64_t head_bytes;  // to the next head's row
-  };
+  static constexpr int64_t kMaxRowsAhead = Products::kValueKeys + 16;
 
   const HeadRun& first_head() const { return *heads_[0]; }
 
@@ -66,39 +62,52 @@ class FewQueriesRun {
   template <core::DataType kType>
   HWY_INLINE void attend(semantics::Range keys, int64_t end) {
     const int64_t count = keys.end - keys.begin;
-    const int64_t next = std::min<int64_t>(keys.end + kRowsAhead, end);
+    const int64_t next = std::min<int64_t>(keys.end + kMaxRowsAhead, end);
     find_rows(call_.args.k, keys, rows_);
     find_rows(call_.args.v, keys, rows_ + count);
     find_rows(call_.args.k, {keys.end, next}, rows_ + 2 * count);
-    const int64_t known = 2 * count + next - keys.end;
+    const HeadRow* known = rows_ + 2 * count + next - keys.end;
+    const bool long_rows = num_heads_ * rows_[0].bytes > kLongRows;
+    const int64_t value_keys = long_rows ? kFewValueKeys : Products::kValueKeys;
+    RowsAhead ahead;
+    ahead.start(std::min<const HeadRow*>(rows_ + value_keys + 16, known), known, num_heads_);
 
+    const int64_t lanes = heads_[0]->panel().num_lanes;
+    const int64_t k_lines = ceil_div(rows_[0].bytes, RowsAhead::kLine) * Products::kKeys;
+    const int64_t k_mask =
+        RowsAhead::mask(k_lines, Products::score_steps(lanes, call_.problem.head_dim));
     const void* rows[Products::kKeys];
     for (int64_t key = 0; key < count; key += Products::kKeys) {
       for (int64_t h = 0; h < num_heads_; ++h) {
-        ask_for(key + kRowsAhead, std::min(key + kRowsAhead + Products::kKeys, known), h);
         for (int64_t k = 0; k < Products::kKeys; ++k) {
           rows[k] = row_of(std::min(key + k, count - 1), h);
         }
-        heads_[h]->products().template scores<kType>(heads_[h]->panel(), rows, key);
+        ahead.allow(k_lines, k_mask);
+        heads_[h]->products().template scores<kType>(heads_[h]->panel(), rows, key, ahead);
+        ahead.finish();
       }
     }
     for (int64_t h = 0; h < num_heads_; ++h) {
       heads_[h]->products().softmax(heads_[h]->panel(), keys);
     }
+    const int64_t v_lines = ceil_div(rows_[count].bytes, RowsAhead::kLine);
+    const int64_t v_mask =
+        RowsAhead::mask(v_lines, Products::value_steps(lanes, call_.problem.head_dim_v));
     const void* value_rows[Products::kValueKeys];
-    for (int64_t key = 0; key < count; key += Products::kValueKeys) {
-      const int64_t first = count + key;
-      const int64_t rows_count = std::min(Products::kValueKeys, count - key);
+    for (int64_t key = 0; key < count; key += value_keys) {
+      const int64_t rows_count = std::min(value_keys, count - key);
       for (int64_t h = 0; h < num_heads_; ++h) {
-        ask_for(first + kRowsAhead, std::min(first + kRowsAhead + Products::kValueKeys, known), h);
-        for (int64_t k = 0; k < rows_count; ++k) value_rows[k] = row_of(first + k, h);
+        for (int64_t k = 0; k < rows_count; ++k) value_rows[k] = row_of(count + key + k, h);
+        ahead.allow(rows_count * v_lines, v_mask);
         heads_[h]->products().template values<kType>(heads_[h]->panel(), value_rows, rows_count,
-                                                     key);
+                                                     key, ahead);
+        ahead.finish();
       }
     }
   }
 
-  HWY_INLINE void find_rows(const core::TensorView& view, semantics::Range keys, Row* to) const {
+  HWY_INLINE void find_rows(const core::TensorView& view, semantics::Range keys,
+                            HeadRow* to) const {
     const core::Rows rows = core::key_rows(view, first_head().run().sequence());
     const int64_t element = core::byte_size(view.dtype);
     const int64_t bytes = view.shape[view.ndim - 1] * element;
@@ -113,23 +122,12 @@ class FewQueriesRun {
     return rows_[row].data + h * rows_[row].head_bytes;
   }
 
-  // Prefetches into L2: what is on its way would not fit into L1.
-  HWY_INLINE void ask_for(int64_t begin, int64_t end, int64_t h) const {
-    constexpr int64_t kCacheLine = 64;
-    constexpr int kIntoL2 = 2;
-    for (int64_t row = begin; row < end; ++row) {
-      const char* data = row_of(row, h);
-      const int64_t bytes = rows_[row].bytes;
-      for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(data + at, 0, kIntoL2);
-    }
-  }
-
   const ForwardCall& call_;
   const int64_t num_heads_;
   ForwardTask tasks_[kMaxHeadsTogether];
   std::optional<HeadRun> heads_[kMaxHeadsTogether];
   // The tile's keys, its values, and keys of the next tile, in the order of their use.
-  Row rows_[2 * kLongTileKeys + kRowsAhead];
+  HeadRow rows_[2 * kLongTileKeys + kMaxRowsAhead];
 };
 
 template <class Products>

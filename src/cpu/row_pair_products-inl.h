@@ -39,9 +39,16 @@ class RowPairProducts : public RowProducts {
     }
   }
 
+  static int64_t score_steps(int64_t num_lanes, int64_t head_dim) {
+    return ceil_div(num_lanes, 4) * ceil_div(head_dim, kPairDepth);
+  }
+  static int64_t value_steps(int64_t num_lanes, int64_t head_dim_v) {
+    return std::max<int64_t>(head_dim_v * std::min<int64_t>(num_lanes, 8) / 16 / kMaxLanes / 2, 1);
+  }
+
   template <core::DataType>
-  HWY_INLINE void scores(const ForwardPanel& panel, const void* const (&rows)[kKeys],
-                         int64_t first) const {
+  HWY_INLINE void scores(const ForwardPanel& panel, const void* const (&rows)[kKeys], int64_t first,
+                         RowsAhead& ahead) const {
     call_.row_pairs->scores({.q = reinterpret_cast<const uint16_t*>(panel.q),
                              .q_row = q_row(),
                              .lanes = panel.num_lanes,
@@ -49,7 +56,8 @@ class RowPairProducts : public RowProducts {
                              .n = call_.problem.head_dim,
                              .scale = call_.scale_log2,
                              .to = scores_of(0) + first,
-                             .to_row = kMaxRows});
+                             .to_row = kMaxRows,
+                             .ahead = &ahead});
   }
 
   HWY_INLINE void softmax(ForwardPanel& panel, semantics::Range keys) const {
@@ -62,7 +70,7 @@ class RowPairProducts : public RowProducts {
 
   template <core::DataType>
   HWY_INLINE void values(const ForwardPanel& panel, const void* const* rows, int64_t count,
-                         int64_t first) const {
+                         int64_t first, RowsAhead& ahead) const {
     call_.row_pairs->values({.p = probabilities_of(0) + first,
                              .p_row = 2 * kMaxRows,
                              .lanes = panel.num_lanes,
@@ -70,7 +78,8 @@ class RowPairProducts : public RowProducts {
                              .count = count,
                              .n = call_.problem.head_dim_v,
                              .o = panel.o,
-                             .o_row = v_row_});
+                             .o_row = v_row_,
+                             .ahead = &ahead});
   }
 
  private:

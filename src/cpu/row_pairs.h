@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/rows_ahead.h"
+
 namespace fa::cpu {
 
 inline constexpr int64_t kRowPairKeys = 4;  // rows of one product of scores
@@ -18,6 +20,7 @@ struct RowPairScores {
   float scale;
   float* to;
   int64_t to_row;
+  RowsAhead* ahead;
 };
 
 // o[lane] += sum of p[lane][i] rows[i] over i < count.
@@ -30,6 +33,7 @@ struct RowPairValues {
   int64_t n;  // a multiple of 16, at most 512
   float* o;   // [lanes][o_row]
   int64_t o_row;
+  RowsAhead* ahead;
 };
 
 struct RowPairKernels {

@@ -67,6 +67,7 @@ inline __attribute__((always_inline)) void score_tile(const RowPairScores& s, in
   }
   const uint16_t* q = s.q + lane * s.q_row;
   const auto step = [&](int64_t d, bool half) {
+    s.ahead->step(d / kPairs);
     __m512i key[kRowPairKeys];
 #pragma GCC unroll 4
     for (int k = 0; k < kRowPairKeys; ++k) key[k] = in_register(load(rows[k] + d, half));
@@ -136,6 +137,7 @@ inline __attribute__((always_inline)) void value_tile(const RowPairValues& s, in
   }
   const uint16_t* p = s.p + lane * s.p_row;
   for (int64_t row = 0; row < s.count; row += 2) {
+    s.ahead->step(row / 2);
     const auto* even = static_cast<const uint16_t*>(s.rows[row]) + d;
     const auto* odd =
         row + 1 < s.count ? static_cast<const uint16_t*>(s.rows[row + 1]) + d : kZeroRow;

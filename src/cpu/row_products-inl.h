@@ -7,6 +7,7 @@
 #define FA_CPU_ROW_PRODUCTS_INL_H_
 #endif
 
+#include "cpu/rows_ahead.h"
 #include "cpu/sequence-inl.h"
 #include "cpu/softmax-inl.h"
 
@@ -76,14 +77,29 @@ class RowProducts {
     }
   }
 
+  // How often scores() and values() call ahead.step(), at least; values() for each row.
+  static int64_t score_steps(int64_t num_lanes, int64_t head_dim) {
+    return ceil_div(num_lanes, 4) * ceil_div(head_dim, kLanes);
+  }
+  static int64_t value_steps(int64_t num_lanes, int64_t head_dim_v) {
+    return std::max<int64_t>(num_lanes / 4, 1) *
+           std::max<int64_t>(head_dim_v / (num_lanes < 4 ? 8 : kSums / 4) / kLanes, 1);
+  }
+
   // S[lane][first ...] for kKeys rows of keys, of which the last may come again.
   template <core::DataType kType>
-  HWY_INLINE void scores(const ForwardPanel& panel, const void* const (&rows)[kKeys],
-                         int64_t first) const {
+  HWY_INLINE void scores(const ForwardPanel& panel, const void* const (&rows)[kKeys], int64_t first,
+                         RowsAhead& ahead) const {
     int64_t lane = 0;
-    for (; lane + 4 <= panel.num_lanes; lane += 4) score_block<kType, 4>(panel, rows, lane, first);
-    for (; lane + 2 <= panel.num_lanes; lane += 2) score_block<kType, 2>(panel, rows, lane, first);
-    for (; lane < panel.num_lanes; ++lane) score_block<kType, 1>(panel, rows, lane, first);
+    for (; lane + 4 <= panel.num_lanes; lane += 4) {
+      score_block<kType, 4>(panel, rows, lane, first, ahead);
+    }
+    for (; lane + 2 <= panel.num_lanes; lane += 2) {
+      score_block<kType, 2>(panel, rows, lane, first, ahead);
+    }
+    for (; lane < panel.num_lanes; ++lane) {
+      score_block<kType, 1>(panel, rows, lane, first, ahead);
+    }
   }
 
   // P = softmax(S) over the tile's keys; what was accumulated is rescaled.
@@ -95,16 +111,16 @@ class RowProducts {
   // O[lane][dv] += sum over rows of P[lane][first + row] V[row][dv].
   template <core::DataType kType>
   HWY_INLINE void values(const ForwardPanel& panel, const void* const* rows, int64_t count,
-                         int64_t first) const {
+                         int64_t first, RowsAhead& ahead) const {
     int64_t lane = 0;
     for (; lane + 4 <= panel.num_lanes; lane += 4) {
-      value_strips<kType, 4, kSums / 4>(panel, lane, rows, count, first);
+      value_strips<kType, 4, kSums / 4>(panel, lane, rows, count, first, ahead);
     }
     for (; lane + 2 <= panel.num_lanes; lane += 2) {
-      value_strips<kType, 2, kSums / 2>(panel, lane, rows, count, first);
+      value_strips<kType, 2, kSums / 2>(panel, lane, rows, count, first, ahead);
     }
     for (; lane < panel.num_lanes; ++lane) {
-      value_strips<kType, 1, 8>(panel, lane, rows, count, first);
+      value_strips<kType, 1, 8>(panel, lane, rows, count, first, ahead);
     }
   }
 
@@ -124,7 +140,7 @@ class RowProducts {
 
   template <core::DataType kType, int kQueries>
   HWY_INLINE void score_block(const ForwardPanel& panel, const void* const (&rows)[kKeys],
-                              int64_t lane, int64_t key) const {
+                              int64_t lane, int64_t key, RowsAhead& ahead) const {
     const float* HWY_RESTRICT q = panel.q + lane * q_row_;
     Float sum[kQueries][kKeys];
 #pragma GCC unroll 4
@@ -133,6 +149,7 @@ class RowProducts {
       for (int k = 0; k < kKeys; ++k) sum[i][k] = hn::Zero(kFloats);
     }
     for (int64_t d = 0; d < q_row_; d += kLanes) {
+      ahead.step(d / kLanes);
       Float k_row[kKeys];
 #pragma GCC unroll 4
       for (int k = 0; k < kKeys; ++k) k_row[k] = load_widened<kType>(rows[k], d);
@@ -212,18 +229,21 @@ class RowProducts {
 
   template <core::DataType kType, int kQueries, int kVectors>
   HWY_INLINE void value_strips(const ForwardPanel& panel, int64_t lane, const void* const* rows,
-                               int64_t count, int64_t first) const {
+                               int64_t count, int64_t first, RowsAhead& ahead) const {
     const int64_t dv = call_.problem.head_dim_v;
     int64_t d = 0;
     for (; d + kVectors * kLanes <= dv; d += kVectors * kLanes) {
-      value_strip<kType, kQueries, kVectors>(panel, lane, d, rows, count, first);
+      value_strip<kType, kQueries, kVectors>(panel, lane, d, rows, count, first, ahead);
     }
-    for (; d < dv; d += kLanes) value_strip<kType, kQueries, 1>(panel, lane, d, rows, count, first);
+    for (; d < dv; d += kLanes) {
+      value_strip<kType, kQueries, 1>(panel, lane, d, rows, count, first, ahead);
+    }
   }
 
   template <core::DataType kType, int kQueries, int kVectors>
   HWY_INLINE void value_strip(const ForwardPanel& panel, int64_t lane, int64_t d,
-                              const void* const* rows, int64_t count, int64_t first) const {
+                              const void* const* rows, int64_t count, int64_t first,
+                              RowsAhead& ahead) const {
     float* HWY_RESTRICT o = panel.o + lane * v_row_ + d;
     const float* HWY_RESTRICT p = scores_of(lane) + first;
     Float sum[kQueries][kVectors];
@@ -233,6 +253,7 @@ class RowProducts {
       for (int v = 0; v < kVectors; ++v) sum[i][v] = hn::Load(kFloats, o + i * v_row_ + v * kLanes);
     }
     for (int64_t key = 0; key < count; ++key) {
+      ahead.step(key);
       Float value[kVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) value[v] = load_widened<kType>(rows[key], d + v * kLanes);
