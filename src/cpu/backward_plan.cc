@@ -15,8 +15,9 @@ using core::Status;
 
 // Each chunk of a key head has a dQ of its own, which bounds their number.
 constexpr int64_t kMaxChunks = 8;
-// Chunks cost their copies of dQ and two more phases, 3 to 5% where a chunk has this much to do.
-constexpr double kMinFlopsPerChunk = 2.5e8;
+// Chunks cost two more phases, 10 us each, where heads are too few for the threads; else next to
+// nothing.
+constexpr double kMinFlopsPerChunk = 2e7;
 
 // Five products, for each query and key of a head.
 double flops_per_pair(const AttentionProblem& problem) {
