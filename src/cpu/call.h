@@ -249,6 +249,10 @@ BackwardKernels backward_kernels();
 template <int64_t kTarget>
 int64_t panel_size();
 
+// With larger register tiles; null where the target has none.
+template <int64_t kTarget>
+ForwardKernels wide_forward_kernels();
+
 // Kernels whose products are those of AttentionCall::pairs; null where the target has none.
 template <int64_t kTarget>
 ForwardKernels pair_forward_kernels();

@@ -130,13 +130,20 @@ class FewQueriesRun {
   HeadRow rows_[2 * kLongTileKeys + kMaxRowsAhead];
 };
 
+// Of all kernels, whatever their products for many queries.
+template <class Products>
+HWY_NOINLINE void attend_few_queries(const ForwardCall& call, const ForwardTask& task,
+                                     float* scratch) {
+  FewQueriesRun<Products>(call, task, scratch).run();
+}
+
 template <class Products>
 void forward_attend(const ForwardCall& call, const ForwardTask& task, float* scratch) {
   if (!task.few_queries) return ForwardTaskRun<Products>(call, task, scratch).run();
   if constexpr (Products::kPairs) {
-    if (call.row_pairs != nullptr) return FewQueriesRun<RowPairProducts>(call, task, scratch).run();
+    if (call.row_pairs != nullptr) return attend_few_queries<RowPairProducts>(call, task, scratch);
   }
-  FewQueriesRun<RowProducts>(call, task, scratch).run();
+  attend_few_queries<RowProducts>(call, task, scratch);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -187,7 +187,8 @@ class ForwardTaskRun {
   HWY_INLINE static auto rows_of(const ForwardPanel& panel, const ScoreTile& tile,
                                  const SequenceRun& run) {
     return [keys_of = run.keys_of(panel, tile)](int64_t v) HWY_ATTR {
-      return keys_of(v * kLanes / kValueRows * kValueRows, round_up((v + 1) * kLanes, kValueRows));
+      constexpr int64_t kRows = Products::kQueries;
+      return keys_of(v * kLanes / kRows * kRows, round_up((v + 1) * kLanes, kRows));
     };
   }
 

@@ -30,6 +30,16 @@ ForwardKernels pair_forward_kernels<HWY_TARGET>() {
 }
 
 template <>
+ForwardKernels wide_forward_kernels<HWY_TARGET>() {
+#if HWY_TARGET == HWY_AVX3
+  using namespace HWY_NAMESPACE;
+  return {forward_attend<FloatProductsOf<WideShapes>>, forward_combine, update_cache};
+#else
+  return {};
+#endif
+}
+
+template <>
 int64_t panel_size<HWY_TARGET>() {
   return HWY_NAMESPACE::kPanel;
 }

@@ -49,7 +49,8 @@ class FloatGradientProducts {
     const auto pack_rows = [&](const core::TensorView& from, int64_t row, float factor, float* rows,
                                float* transposed) HWY_ATTR {
       run_.load_queries(from, panel, row, rows);
-      SequenceRun::transpose_panel(panel, rows, row, from.shape[from.ndim - 1], factor, transposed);
+      SequenceRun::transpose_panel<kStripLanes<Shapes>>(panel, rows, row, from.shape[from.ndim - 1],
+                                                        factor, transposed);
     };
     pack_rows(call_.args.q, k_row_, call_.scale_log2, q_rows(panel), panel.q);
     pack_rows(call_.args.dout, v_row_, 1.0f, dout_rows(panel), panel.dout);
@@ -62,14 +63,14 @@ class FloatGradientProducts {
 
   // S = Q K^T.
   HWY_INLINE void scores(const BackwardPanel& panel, const ScoreTile& tile) const {
-    score_product(panel.q, panel.vectors(), k_, k_row_, call_.problem.head_dim,
-                  run_.keys_of(panel, tile), p_);
+    score_product<Shapes>(panel.q, panel.vectors(), k_, k_row_, call_.problem.head_dim,
+                          run_.keys_of(panel, tile), p_);
   }
 
   // dP = dO V^T.
   HWY_INLINE void probability_gradients(const BackwardPanel& panel, const ScoreTile& tile) const {
-    score_product(panel.dout, panel.vectors(), v_, v_row_, call_.problem.head_dim_v,
-                  run_.keys_of(panel, tile), ds_);
+    score_product<Shapes>(panel.dout, panel.vectors(), v_, v_row_, call_.problem.head_dim_v,
+                          run_.keys_of(panel, tile), ds_);
   }
 
   HWY_INLINE void start_tile(const KeyTile& tile) {
@@ -88,8 +89,8 @@ class FloatGradientProducts {
       started_ = true;
     }
     const int64_t k_vectors = ceil_div(call_.problem.head_dim, kLanes);
-    value_product(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile), !first,
-                  panel.dq, round_up(call_.problem.head_dim, kMaxLanes));
+    value_product<Shapes>(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile),
+                          !first, panel.dq, round_up(call_.problem.head_dim, kMaxLanes));
   }
 
   HWY_INLINE void finish_tile() const {

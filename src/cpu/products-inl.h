@@ -14,14 +14,18 @@ HWY_BEFORE_NAMESPACE();
 namespace fa::cpu {
 namespace HWY_NAMESPACE {
 
-class FloatProducts {
+// TileShapes: Shapes or WideShapes.
+template <class TileShapes>
+class FloatProductsOf {
  public:
+  // Queries whose values are added at once.
+  static constexpr int64_t kQueries = TileShapes::Values::kRows;
   // Probabilities stay fp32, [key][query]; o is [query][dv].
   static constexpr bool kPairs = false;
   static constexpr bool kFewQueries = false;
 
-  FloatProducts(const ForwardCall& call, const SequenceRun& run, const ForwardScratch& layout,
-                float* scratch)
+  FloatProductsOf(const ForwardCall& call, const SequenceRun& run, const ForwardScratch& layout,
+                  float* scratch)
       : call_(call),
         run_(run),
         k_row_(padded_row(call.problem.head_dim)),
@@ -33,7 +37,8 @@ class FloatProducts {
 
   // Packs Q^T, times scale * log2(e).
   HWY_INLINE void load_queries(const ForwardPanel& panel) const {
-    run_.load_transposed(call_.q, panel, call_.scale_log2, scores_, panel.q);
+    run_.template load_transposed<kStripLanes<TileShapes>>(call_.q, panel, call_.scale_log2,
+                                                           scores_, panel.q);
   }
   HWY_INLINE void load_keys(const KeyTile& tile) const {
     run_.load_rows(call_.args.k, tile, k_row_, k_);
@@ -43,8 +48,8 @@ class FloatProducts {
   }
 
   HWY_INLINE void scores(const ForwardPanel& panel, const ScoreTile& tile) const {
-    score_product(panel.q, panel.vectors(), k_, k_row_, call_.problem.head_dim,
-                  run_.keys_of(panel, tile), tile.scores);
+    score_product<TileShapes>(panel.q, panel.vectors(), k_, k_row_, call_.problem.head_dim,
+                              run_.keys_of(panel, tile), tile.scores);
   }
 
   // Multiplies what was accumulated for queries whose maximum rose.
@@ -62,8 +67,8 @@ class FloatProducts {
   // O += P V.
   HWY_INLINE void values(const ForwardPanel& panel, const ScoreTile& tile) const {
     const int64_t vectors = ceil_div(call_.problem.head_dim_v, kLanes);
-    value_product(tile.scores, panel.num_lanes, v_, v_row_, vectors, run_.keys_of(panel, tile),
-                  panel.started, panel.o, o_row_);
+    value_product<TileShapes>(tile.scores, panel.num_lanes, v_, v_row_, vectors,
+                              run_.keys_of(panel, tile), panel.started, panel.o, o_row_);
   }
 
  private:
@@ -76,6 +81,8 @@ class FloatProducts {
   float* const v_;       // [tile_keys][v_row]
   float* const scores_;  // [tile_keys][kPanel]
 };
+
+using FloatProducts = FloatProductsOf<Shapes>;
 
 }  // namespace HWY_NAMESPACE
 }  // namespace fa::cpu

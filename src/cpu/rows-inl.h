@@ -149,8 +149,9 @@ class SequenceRows {
     });
   }
 
-  // to = (rows of the panel * factor)^T: [kPanel / kStripLanes][n][kStripLanes]; lanes that only
-  // fill up the panel are zero. buffer: 4 rows of n floats, each rounded up to a vector.
+  // to = (rows of the panel * factor)^T: [kPanel / kStrip][n][kStrip]; lanes that only fill up the
+  // panel are zero. buffer: 4 rows of n floats, each rounded up to a vector.
+  template <int64_t kStrip>
   HWY_INLINE void load_transposed(const core::TensorView& from, const QueryPanel& panel,
                                   float factor, float* HWY_RESTRICT buffer,
                                   float* HWY_RESTRICT to) const {
@@ -161,25 +162,26 @@ class SequenceRows {
       panel.for_each_lane([&](int64_t lane, int64_t head, int64_t query) HWY_ATTR {
         prefetch_ahead<dtype()>(from, rows, panel, head, query);
         widen_row<dtype()>(row_at<dtype()>(from, rows, head, query), n, buffer + lane % 4 * row);
-        if (lane % 4 == 3) transpose_lanes(buffer, row, n, factor, lane - 3, to);
+        if (lane % 4 == 3) transpose_lanes<kStrip>(buffer, row, n, factor, lane - 3, to);
       });
     });
     const int64_t whole = panel.num_lanes / 4 * 4;
     for (int64_t lane = whole; lane < filled_lanes(panel); lane += 4) {
       const int64_t filled = std::max<int64_t>(panel.num_lanes - lane, 0);
       std::fill_n(buffer + filled * row, (4 - filled) * row, 0.0f);
-      transpose_lanes(buffer, row, n, factor, lane, to);
+      transpose_lanes<kStrip>(buffer, row, n, factor, lane, to);
     }
   }
 
   // The same from a panel's rows of `row` floats, which get filled up with zeros.
+  template <int64_t kStrip>
   HWY_INLINE static void transpose_panel(const QueryPanel& panel, float* HWY_RESTRICT rows,
                                          int64_t row, int64_t n, float factor,
                                          float* HWY_RESTRICT to) {
     const int64_t lanes = filled_lanes(panel);
     std::fill_n(rows + panel.num_lanes * row, (lanes - panel.num_lanes) * row, 0.0f);
     for (int64_t lane = 0; lane < lanes; lane += 4) {
-      transpose_lanes(rows + lane * row, row, n, factor, lane, to);
+      transpose_lanes<kStrip>(rows + lane * row, row, n, factor, lane, to);
     }
   }
 
@@ -251,17 +253,17 @@ class SequenceRows {
   }
 
   // Four rows to the columns from `lane` on of a panel's strips.
+  template <int64_t kStrip>
   HWY_INLINE static void transpose_lanes(const float* HWY_RESTRICT rows, int64_t row, int64_t n,
                                          float factor, int64_t lane, float* HWY_RESTRICT to) {
-    const auto strip_of = [&](int64_t at) HWY_ATTR {
-      return to + at / kStripLanes * kStripLanes * n + at % kStripLanes;
-    };
-    if constexpr (kStripLanes % 4 == 0) {
-      transpose_4_rows(rows, row, n, factor, strip_of(lane), kStripLanes);
+    const auto strip_of = [&](int64_t at)
+                              HWY_ATTR { return to + at / kStrip * kStrip * n + at % kStrip; };
+    if constexpr (kStrip % 4 == 0) {
+      transpose_4_rows(rows, row, n, factor, strip_of(lane), kStrip);
     } else {
       for (int64_t i = 0; i < 4; ++i) {
         float* HWY_RESTRICT column = strip_of(lane + i);
-        for (int64_t d = 0; d < n; ++d) column[d * kStripLanes] = rows[i * row + d] * factor;
+        for (int64_t d = 0; d < n; ++d) column[d * kStrip] = rows[i * row + d] * factor;
       }
     }
   }
