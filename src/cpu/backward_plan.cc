@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "core/element.h"
+#include "cpu/pages.h"
 #include "cpu/plans.h"
 #include "cpu/task_shares.h"
 
@@ -124,6 +125,9 @@ class BackwardPlan final : public core::Plan {
                       kernel(call, tasks[task], shared + layout.shared + worker * layout.scratch);
                     });
     };
+    for (const core::TensorView* gradient : {&args.dq, &args.dk, &args.dv}) {
+      bring_in_pages(*gradient, *stream.parallel);
+    }
     clear_unused_rows(args, problem_);
     const BackwardKernels& kernels = set_.backward;
     if (layout.own_lanes > 0) {

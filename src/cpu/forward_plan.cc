@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/call.h"
+#include "cpu/pages.h"
 #include "cpu/task_shares.h"
 
 namespace fa::cpu {
@@ -178,6 +179,7 @@ class ForwardPlan final : public core::Plan {
                      problem_.rotary_dim > 0 ? rotated_queries(args.q, shared + layout.q) : args.q,
                      cut.packed};
     if (cut.packed.per_head > 0) call.packed.tiles = shared + layout.tiles;
+    bring_in_pages(args.out, *stream.parallel);
     fill_rows_past_the_end(args, problem_);
     if (problem_.wants_s_dmask) clear_s_dmask(args.s_dmask);
 
