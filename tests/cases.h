@@ -144,6 +144,8 @@ inline constexpr Case kCases[] = {
      .seqlen_k = 1023,
      .head_dim = 128,
      .causal = true},
+    // The last register tile of a panel, of 6 x 10 + 4 queries, in part.
+    {.name = "61_queries", .seqlen_q = 61, .seqlen_k = 101, .causal = true},
     {.name = "2_queries_3_keys", .batch = 5, .seqlen_q = 2, .seqlen_k = 3},
     {.name = "3_queries_2_keys_causal", .batch = 5, .seqlen_q = 3, .seqlen_k = 2, .causal = true},
     {.name = "one_query_causal", .seqlen_q = 1, .seqlen_k = 333, .num_heads = 2, .causal = true},
