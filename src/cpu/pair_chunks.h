@@ -18,6 +18,11 @@ inline __attribute__((always_inline)) void add_now(__m512& sum, __m512 term) {
   asm volatile("" : "+v"(sum));
 }
 
+inline __attribute__((always_inline)) void raise_now(__m512& largest, __m512 x) {
+  largest = _mm512_max_ps(largest, x);
+  asm volatile("" : "+v"(largest));
+}
+
 // 2^x, relative error under 2e-7; 0 for -inf; NaN for NaN. Minimax polynomial on [0, 1) whose
 // constant term is 1, so that 2^0 is exactly 1.
 inline __attribute__((always_inline)) __m512 exp2_of(__m512 x) {
@@ -59,6 +64,7 @@ class ProbabilityRows {
     for (int v = 0; v < kChunkVectors; ++v) {
       maximum_[v] = _mm512_loadu_ps(chunk.maximum + v * kVectorLanes);
       sum_[v] = _mm512_loadu_ps(chunk.sum + v * kVectorLanes);
+      largest_[v] = _mm512_set1_ps(-__builtin_inff());
     }
   }
 
@@ -69,8 +75,8 @@ class ProbabilityRows {
 #pragma GCC unroll 4
     for (int v = 0; v < kChunkVectors; ++v) {
       const float* scores = chunk_.scores + v * kChunkColumn + row * kVectorLanes;
-      const __m512 even = probability(scores, maximum_[v]);
-      const __m512 odd = probability(scores + kVectorLanes, maximum_[v]);
+      const __m512 even = probability(scores, v);
+      const __m512 odd = probability(scores + kVectorLanes, v);
       add_now(sum_[v], _mm512_add_ps(even, odd));
       uint32_t* pairs = chunk_.pairs + v * chunk_.column_step + row / 2 * kVectorLanes;
       _mm512_storeu_si512(pairs, pair_of(even, odd));
@@ -82,6 +88,7 @@ class ProbabilityRows {
 #pragma GCC unroll 4
     for (int v = 0; v < kChunkVectors; ++v) {
       _mm512_storeu_ps(chunk_.sum + v * kVectorLanes, sum_[v]);
+      _mm512_storeu_ps(chunk_.largest + v * kVectorLanes, largest_[v]);
     }
   }
 
@@ -94,14 +101,17 @@ class ProbabilityRows {
     for (int i = 0; i < kLines; ++i) _mm_prefetch(at + 64 * i, _MM_HINT_T1);
   }
 
-  inline __attribute__((always_inline)) __m512 probability(const float* scores, __m512 maximum) {
-    return exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores), scale_, maximum));
+  inline __attribute__((always_inline)) __m512 probability(const float* scores, int v) {
+    const __m512 s = _mm512_loadu_ps(scores);
+    raise_now(largest_[v], s);
+    return exp2_of(_mm512_fmsub_ps(s, scale_, maximum_[v]));
   }
 
   const PairProbabilities chunk_;
   const __m512 scale_;
   __m512 maximum_[kChunkVectors];
   __m512 sum_[kChunkVectors];
+  __m512 largest_[kChunkVectors];
 };
 
 // PairGradients, two keys at a time.

@@ -51,6 +51,12 @@ HWY_INLINE ScoreTile chunk_of(const ScoreTile& tile, int64_t first) {
           kChunkColumn};
 }
 
+HWY_INLINE ScoreTile whole_chunk(ScoreTile chunk) {
+  chunk.begin = 0;
+  chunk.end = kChunkKeys;
+  return chunk;
+}
+
 // s = -inf in rows outside the tile, so that the chunk is a whole one.
 HWY_INLINE void hide_rows_outside(ScoreTile& chunk) {
   const auto hide = [&](int64_t begin, int64_t end) HWY_ATTR {
@@ -60,8 +66,7 @@ HWY_INLINE void hide_rows_outside(ScoreTile& chunk) {
   };
   if (chunk.begin > 0) hide(0, chunk.begin);
   if (chunk.end < kChunkKeys) hide(chunk.end, kChunkKeys);
-  chunk.begin = 0;
-  chunk.end = kChunkKeys;
+  chunk = whole_chunk(chunk);
 }
 
 // Whether a panel's chunks are as wide as the kernels for chunks want them.

@@ -107,6 +107,7 @@ class PairProducts {
       std::fill_n(panel.running_sum, kPanel, 0.0f);
     }
     const bool whole = fills_chunks(panel) && !call_.problem.dropout;
+    bool has_maxima = panel.started;
     ScoreTile pairs = pairs_of(tile);
     pairs.end = pairs.begin;
     const int64_t first_chunk = tile.begin / kChunkKeys;
@@ -120,13 +121,8 @@ class PairProducts {
       run_.finish_scores(panel, chunk, scales_late_);
       const int64_t end = first + chunk.end;
       if (whole) hide_rows_outside(chunk);
-      alignas(64) float correction[kPanel];
-      if (raise_maxima(panel, chunk, scale_, most_lag_, correction)) {
-        finish_values();
-        add_values(panel, pairs);
-        pairs.begin = pairs.end;
-        if (panel.started) rescale(panel, correction);
-      }
+      if (!whole || !has_maxima) raise(panel, chunk, pairs);
+      has_maxima = true;
       if (whole) {
         exponentiate(panel, tile, first, pairs, index, num_chunks);
       } else {
@@ -166,15 +162,23 @@ class PairProducts {
     return pairs;
   }
 
+  // Raises the maxima to those of a chunk. pairs: the tile's probabilities so far, which are spent
+  // where a maximum rises.
+  HWY_INLINE void raise(ForwardPanel& panel, const ScoreTile& chunk, ScoreTile& pairs) {
+    alignas(64) float correction[kPanel];
+    if (!raise_maxima(panel, chunk, scale_, most_lag_, correction)) return;
+    finish_values();
+    add_values(panel, pairs);
+    pairs.begin = pairs.end;
+    if (panel.started) rescale(panel, correction);
+  }
+
   // p = exp2(s - maximum) of a whole chunk, one of num_chunks, while the scores of the next one and
   // a part of what was postponed are multiplied, in this order for the scores to be there next.
-  HWY_INLINE void exponentiate(const ForwardPanel& panel, const ScoreTile& tile, int64_t first,
-                               const ScoreTile& pairs, int64_t index, int64_t num_chunks) {
-    alignas(64) float maximum[kPanel];
-    for (int64_t v = 0; v < panel.vectors(); ++v) {
-      const Float m = hn::Load(kFloats, panel.running_max + v * kLanes);
-      hn::Store(finite_maximum(m), kFloats, maximum + v * kLanes);
-    }
+  // Whether the maxima lag too far behind shows meanwhile; where they do, which is rare, the
+  // chunk's probabilities are computed again.
+  HWY_INLINE void exponentiate(ForwardPanel& panel, const ScoreTile& tile, int64_t first,
+                               ScoreTile& pairs, int64_t index, int64_t num_chunks) {
     const int64_t next = first + kChunkKeys;
     PairProduct products[1 + PostponedProduct::max_parts(core::kMaxHeadDim)];
     int count = 0;
@@ -184,10 +188,26 @@ class PairProducts {
     count += postponed_.take(index, num_chunks, products + count);
     const char* ahead = ahead_ < ahead_end_ ? ahead_ : nullptr;
     ahead_ += kChunkAhead;
-    call_.pairs->exponentiate(
-        {chunk_of(tile, first).scores, scale_, maximum, panel.running_sum,
-         reinterpret_cast<uint32_t*>(pairs.at(first / 2, 0)), pairs.column_step, ahead},
-        products, count);
+
+    const ScoreTile chunk = chunk_of(tile, first);
+    alignas(64) float sum[kPanel], largest[kPanel];
+    std::copy_n(panel.running_sum, kPanel, sum);
+    const auto run = [&](int num_products) HWY_ATTR {
+      alignas(64) float maximum[kPanel];
+      for (int64_t v = 0; v < panel.vectors(); ++v) {
+        const Float m = hn::Load(kFloats, panel.running_max + v * kLanes);
+        hn::Store(finite_maximum(m), kFloats, maximum + v * kLanes);
+      }
+      call_.pairs->exponentiate(
+          {chunk.scores, scale_, maximum, panel.running_sum, largest,
+           reinterpret_cast<uint32_t*>(pairs.at(first / 2, 0)), pairs.column_step, ahead},
+          products, num_products);
+    };
+    run(count);
+    if (!lag_too_far(panel, largest, scale_, most_lag_)) return;
+    std::copy_n(sum, kPanel, panel.running_sum);
+    raise(panel, whole_chunk(chunk), pairs);
+    run(0);
   }
 
   // O += P V.

@@ -58,6 +58,18 @@ HWY_INLINE void pack_pairs(const QueryPanel& panel, const ScoreTile& tile) {
   }
 }
 
+// Whether maxima lag more than most_lag behind the largest scores times scale.
+HWY_INLINE bool lag_too_far(const ForwardPanel& panel, const float* HWY_RESTRICT largest,
+                            float scale, float most_lag) {
+  for (int64_t v = 0; v < panel.vectors(); ++v) {
+    const Float maximum = hn::Mul(hn::Load(kFloats, largest + v * kLanes), hn::Set(kFloats, scale));
+    const Float most =
+        hn::Add(hn::Load(kFloats, panel.running_max + v * kLanes), hn::Set(kFloats, most_lag));
+    if (!hn::AllFalse(kFloats, hn::Gt(maximum, most))) return true;
+  }
+  return false;
+}
+
 // Replaces maxima that lag more than most_lag behind those of a chunk's scores times scale, and
 // rescales sums. corrections: 2^(old - new). Lane by lane, so that no query's result depends on
 // others. False where none was replaced.
