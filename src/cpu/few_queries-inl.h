@@ -53,8 +53,9 @@ class FewQueriesRun {
   // Rows of values that are added at once, head by head; fewer where those of all heads are long.
   static constexpr int64_t kFewValueKeys = 8;
   static constexpr int64_t kLongRows = 4096;  // bytes
-  // Rows asked for ahead of their use.
-  static constexpr int64_t kMaxRowsAhead = Products::kValueKeys + 16;
+  // Rows asked for ahead of their use: beyond those of values that are added at once, so many.
+  static constexpr int64_t kRowsBeyond = 16;
+  static constexpr int64_t kMaxRowsAhead = Products::kValueKeys + kRowsBeyond;
 
   const HeadRun& first_head() const { return *heads_[0]; }
 
@@ -70,7 +71,8 @@ class FewQueriesRun {
     const bool long_rows = num_heads_ * rows_[0].bytes > kLongRows;
     const int64_t value_keys = long_rows ? kFewValueKeys : Products::kValueKeys;
     RowsAhead ahead;
-    ahead.start(std::min<const HeadRow*>(rows_ + value_keys + 16, known), known, num_heads_);
+    ahead.start(std::min<const HeadRow*>(rows_ + value_keys + kRowsBeyond, known), known,
+                num_heads_);
 
     const int64_t lanes = heads_[0]->panel().num_lanes;
     const int64_t k_lines = ceil_div(rows_[0].bytes, RowsAhead::kLine) * Products::kKeys;

@@ -42,21 +42,18 @@ void add_avx512_bf16(std::vector<InstructionSet>& list) {
 }
 #endif
 
-template <int64_t kTarget>
+template <int64_t kTarget, ForwardKernels (*kForward)() = forward_kernels<kTarget>>
 void add_if_compiled(const char* name, bool (*supported)(), std::vector<InstructionSet>& list) {
   if constexpr ((HWY_TARGETS & kTarget) != 0) {
-    list.push_back({name, supported, forward_kernels<kTarget>(), backward_kernels<kTarget>(),
-                    panel_size<kTarget>(), kTileKeys, 256 * 1024, nullptr});
+    list.push_back({name, supported, kForward(), backward_kernels<kTarget>(), panel_size<kTarget>(),
+                    kTileKeys, 256 * 1024, nullptr});
     list.back().ceilings = ceiling_loops<kTarget>();
   }
 }
 
 #if HWY_ARCH_X86
 void add_avx512_wide(std::vector<InstructionSet>& list) {
-  add_if_compiled<HWY_AVX3>("cpu:avx512_wide", has_avx512, list);
-  if constexpr ((HWY_TARGETS & HWY_AVX3) != 0) {
-    list.back().forward = wide_forward_kernels<HWY_AVX3>();
-  }
+  add_if_compiled<HWY_AVX3, wide_forward_kernels<HWY_AVX3>>("cpu:avx512_wide", has_avx512, list);
 }
 #endif
 
@@ -71,18 +68,17 @@ std::vector<InstructionSet> instruction_sets() {
   add_pairs("cpu:amx", has_amx, amx_pair_kernels(), list);
   // The dot products run at the speed of two FMAs on Zen 4 (164 GFLOP/s against 94 of fp32 FMAs),
   // and slower than the FMAs on Sapphire Rapids (72 against 105).
-  const bool fast_pairs = is_amd;
-  if (fast_pairs) add_avx512_bf16(list);
+  if (is_amd) add_avx512_bf16(list);
 #endif
 #if HWY_ARCH_X86
-  // Forward, 16 threads of Sapphire Rapids on shared cores: 3 to 15% faster from 2048 keys on. Zen
-  // 4: 3% slower at 128 keys.
+  // Forward, 16 threads of Sapphire Rapids on shared cores: 2 to 15% faster from 2048 keys on. Zen
+  // 4: 3% slower.
   if (!is_amd) add_avx512_wide(list);
   add_if_compiled<HWY_AVX3>("cpu:avx512", has_avx512, list);
   if (is_amd) add_avx512_wide(list);
 #endif
 #if FA_CPU_HAS_PAIRS
-  if (!fast_pairs) add_avx512_bf16(list);
+  if (!is_amd) add_avx512_bf16(list);
 #endif
 #if HWY_ARCH_X86
   add_if_compiled<HWY_AVX2>("cpu:avx2", has_avx2, list);

@@ -53,8 +53,7 @@ inline constexpr int kValueVectors = Shapes::Values::kVectors;
 // Queries of one register tile of scores.
 template <class TileShapes>
 inline constexpr int64_t kStripLanes = TileShapes::Scores::kVectors* kLanes;
-static_assert(kPanel <= kMaxPanel && kPanel % kStripLanes<Shapes> == 0);
-static_assert(kTileKeys % Shapes::Scores::kRows == 0 && kTileKeys % semantics::kKeysPerDraw == 0);
+static_assert(kPanel <= kMaxPanel && kTileKeys % semantics::kKeysPerDraw == 0);
 
 // C[kTileRows][kWide vectors] (+)= sum over n of a[r][n] * b[n][...], where a is broadcast and
 // element (r, n) of a lies at a[r * a_row + n * a_step].
@@ -129,6 +128,7 @@ HWY_INLINE void score_product(const float* HWY_RESTRICT q, int64_t query_vectors
                               KeysOf&& keys_of, float* HWY_RESTRICT scores) {
   constexpr int kRows = TileShapes::Scores::kRows;
   constexpr int kVectors = TileShapes::Scores::kVectors;
+  static_assert(kPanel % kStripLanes<TileShapes> == 0 && kTileKeys % kRows == 0);
   for (int64_t strip = 0; strip < query_vectors; strip += kVectors) {
     const int64_t count = std::min<int64_t>(query_vectors - strip, kVectors);
     semantics::Range seen[kVectors];
