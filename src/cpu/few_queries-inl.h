@@ -76,15 +76,15 @@ class FewQueriesRun {
 
     const int64_t lanes = heads_[0]->panel().num_lanes;
     const int64_t k_lines = ceil_div(rows_[0].bytes, RowsAhead::kLine) * Products::kKeys;
-    const int64_t k_mask =
-        RowsAhead::mask(k_lines, Products::score_steps(lanes, call_.problem.head_dim));
+    const int64_t k_step =
+        RowsAhead::per_step(k_lines, Products::score_steps(lanes, call_.problem.head_dim));
     const void* rows[Products::kKeys];
     for (int64_t key = 0; key < count; key += Products::kKeys) {
       for (int64_t h = 0; h < num_heads_; ++h) {
         for (int64_t k = 0; k < Products::kKeys; ++k) {
           rows[k] = row_of(std::min(key + k, count - 1), h);
         }
-        ahead.allow(k_lines, k_mask);
+        ahead.allow(k_lines, k_step);
         heads_[h]->products().template scores<kType>(heads_[h]->panel(), rows, key, ahead);
         ahead.finish();
       }
@@ -93,14 +93,14 @@ class FewQueriesRun {
       heads_[h]->products().softmax(heads_[h]->panel(), keys);
     }
     const int64_t v_lines = ceil_div(rows_[count].bytes, RowsAhead::kLine);
-    const int64_t v_mask =
-        RowsAhead::mask(v_lines, Products::value_steps(lanes, call_.problem.head_dim_v));
+    const int64_t v_step =
+        RowsAhead::per_step(v_lines, Products::value_steps(lanes, call_.problem.head_dim_v));
     const void* value_rows[Products::kValueKeys];
     for (int64_t key = 0; key < count; key += value_keys) {
       const int64_t rows_count = std::min(value_keys, count - key);
       for (int64_t h = 0; h < num_heads_; ++h) {
         for (int64_t k = 0; k < rows_count; ++k) value_rows[k] = row_of(count + key + k, h);
-        ahead.allow(rows_count * v_lines, v_mask);
+        ahead.allow(rows_count * v_lines, v_step);
         heads_[h]->products().template values<kType>(heads_[h]->panel(), value_rows, rows_count,
                                                      key, ahead);
         ahead.finish();

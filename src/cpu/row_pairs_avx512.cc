@@ -66,8 +66,9 @@ inline __attribute__((always_inline)) void score_tile(const RowPairScores& s, in
     for (int i = 0; i < kQueries; ++i) sum[i][k] = _mm512_setzero_ps();
   }
   const uint16_t* q = s.q + lane * s.q_row;
+  auto lines = s.ahead->share<(kQueries >= 4)>((s.n + kPairs - 1) / kPairs);
   const auto step = [&](int64_t d, bool half) {
-    s.ahead->step(d / kPairs);
+    lines.step(d / kPairs);
     __m512i key[kRowPairKeys];
 #pragma GCC unroll 4
     for (int k = 0; k < kRowPairKeys; ++k) key[k] = in_register(load(rows[k] + d, half));
@@ -136,8 +137,9 @@ inline __attribute__((always_inline)) void value_tile(const RowPairValues& s, in
     for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_loadu_ps(o + i * s.o_row + v * kLanes);
   }
   const uint16_t* p = s.p + lane * s.p_row;
+  auto lines = s.ahead->share<(kQueries >= 4)>((s.count + 1) / 2);
   for (int64_t row = 0; row < s.count; row += 2) {
-    s.ahead->step(row / 2);
+    lines.step(row / 2);
     const auto* even = static_cast<const uint16_t*>(s.rows[row]) + d;
     const auto* odd =
         row + 1 < s.count ? static_cast<const uint16_t*>(s.rows[row + 1]) + d : kZeroRow;

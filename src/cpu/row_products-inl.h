@@ -148,8 +148,9 @@ class RowProducts {
 #pragma GCC unroll 4
       for (int k = 0; k < kKeys; ++k) sum[i][k] = hn::Zero(kFloats);
     }
+    auto lines = ahead.template share<(kQueries >= 4)>(ceil_div(q_row_, kLanes));
     for (int64_t d = 0; d < q_row_; d += kLanes) {
-      ahead.step(d / kLanes);
+      lines.step(d / kLanes);
       Float k_row[kKeys];
 #pragma GCC unroll 4
       for (int k = 0; k < kKeys; ++k) k_row[k] = load_widened<kType>(rows[k], d);
@@ -252,8 +253,9 @@ class RowProducts {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[i][v] = hn::Load(kFloats, o + i * v_row_ + v * kLanes);
     }
+    auto lines = ahead.template share<(kQueries >= 4)>(count);
     for (int64_t key = 0; key < count; ++key) {
-      ahead.step(key);
+      lines.step(key);
       Float value[kVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) value[v] = load_widened<kType>(rows[key], d + v * kLanes);
