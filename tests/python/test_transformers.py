@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import offsets
 
-transformers = pytest.importorskip("transformers", minversion="4.48")
+transformers = pytest.importorskip("transformers", minversion="4.57")
 
 from flash_attn.integrations.transformers import (  # noqa: E402
     NAME,
@@ -299,6 +299,21 @@ def test_the_implementation_of_a_built_model_can_be_changed(models):
     model = copy.deepcopy(eager)
     model.set_attn_implementation(NAME)
     assert torch.equal(model(input_ids=tokens()).logits, ours(input_ids=tokens()).logits)
+
+
+@pytest.mark.parametrize("name", ["T5", "GPTJ"])
+def test_models_that_would_drop_a_mask_are_refused(name):
+    """T5 passes a position bias, GPT-J reads the name alone: both ran, and were wrong or failed."""
+    config = getattr(transformers, f"{name}Config")(num_layers=1, n_layer=1, vocab_size=VOCABULARY)
+    model = getattr(transformers, f"{name}Model")
+    with pytest.raises(ValueError, match=f"attn_implementation: {name}Model"):
+        model._from_config(config, attn_implementation=NAME)
+
+
+def test_a_class_without_source_is_asked_by_its_parent():
+    ours = type("Ours", (transformers.LlamaForCausalLM,), {"__module__": "a_notebook"})
+    config = transformers.LlamaConfig(**_COMMON)
+    assert ours._from_config(config, attn_implementation=NAME).config._attn_implementation == NAME
 
 
 def function_inputs(dtype: torch.dtype) -> tuple[Any, ...]:

@@ -5,8 +5,9 @@
     model = AutoModel.from_pretrained(name, attn_implementation="flash_attention_plus")
 
 Importing the module registers `flash_attention_plus` and changes nothing else. It takes what the
-implementation `flash_attention_2` takes, and fp32, learnable sinks and arbitrary masks beside.
-Attention weights are not computed: `output_attentions=True` gives None in their place.
+implementation `flash_attention_2` takes, and fp32, learnable sinks and arbitrary masks beside; a
+model that refuses that one, or computes attention outside transformers' AttentionInterface, raises
+ValueError. Attention weights are not computed: `output_attentions=True` gives None in their place.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import torch
 
 try:
     from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
     from transformers.modeling_utils import PreTrainedModel
-except ImportError as error:
+
+    _check = PreTrainedModel._check_and_adjust_attn_implementation
+except (ImportError, AttributeError) as error:
     raise ImportError(
-        "flash_attn.integrations.transformers needs transformers 4.48 or newer"
+        "flash_attn.integrations.transformers needs transformers 4.57 or newer"
         " (pip install transformers)"
     ) from error
 
@@ -167,27 +171,38 @@ def _is_packed(position_ids: torch.Tensor | None, q: torch.Tensor, k: torch.Tens
     return bool((position_ids.diff() != 1).any())
 
 
+def _refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raises ValueError where transformers would refuse `flash_attention_2`, and where the model's
+    attention would not come here: left to itself such a model drops its mask or position bias."""
+    flags = ("_supports_flash_attn", "_supports_flash_attn_2")  # the second is remote code's
+    supported = any(getattr(model, flag, False) for flag in flags)
+    # Of the user's own classes the parent is asked: the question reads the source, which a notebook
+    # has not.
+    base = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))
+    if supported and base._can_set_attn_implementation():
+        return
+    raise ValueError(
+        f"attn_implementation: {type(model).__name__} supports no flash attention through"
+        f" transformers' AttentionInterface, and so not {NAME!r}; leave the argument out"
+    )
+
+
 def _register() -> None:
     AttentionInterface.register(NAME, flash_attention_plus_forward)
-    try:
-        from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
-    except ImportError:
-        pass  # releases before 4.53 pass the 2D mask, or a 4D one, as they did before interfaces
-    else:
-        AttentionMaskInterface.register(NAME, flash_attention_mask)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)
     # transformers takes a name with "flash" in it for one of its own implementations, and loads it
-    # from its hub. This one is loaded already, and serves every model.
-    check = getattr(PreTrainedModel, "_check_and_adjust_attn_implementation", None)
-    if check is None or getattr(check, "knows_flash_attention_plus", False):
+    # from its hub. This one is loaded already.
+    if getattr(_check, "knows_flash_attention_plus", False):
         return
 
-    @functools.wraps(check)
+    @functools.wraps(_check)
     def check_unless_ours(
         self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
         if attn_implementation == NAME:
+            _refuse_unsupported(self)
             return NAME
-        return check(self, attn_implementation, *args, **kwargs)
+        return _check(self, attn_implementation, *args, **kwargs)
 
     check_unless_ours.knows_flash_attention_plus = True  # type: ignore[attr-defined]
     PreTrainedModel._check_and_adjust_attn_implementation = check_unless_ours
