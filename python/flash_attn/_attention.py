@@ -30,7 +30,7 @@ _is_grad_enabled = torch.is_grad_enabled
 # Read once: a call on the CPU may take 8 us in all.
 _native_on_cpu = _environment.native_serves_cpu()
 _Tensor = torch.Tensor
-_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing  # by torch.jit.trace
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by a transform
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -55,6 +55,11 @@ NO_SECOND_ORDER = (
     "second-order gradients of attention are not implemented: its backward cannot be differentiated"
     " again; use torch.nn.functional.scaled_dot_product_attention where they are needed"
 )
+
+
+def _is_recorded() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace records the operators of a call."""
+    return torch.compiler.is_compiling() or _is_tracing()
 
 
 class Options(NamedTuple):
@@ -175,7 +180,7 @@ def forward(
     offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
     """(out, softmax_lse, S_dmask, seed of the dropout mask); what is not wanted is None."""
-    if seed is not None and _is_compiling():
+    if seed is not None and _is_recorded():
         from . import _operators
 
         return *_operators.forward(q, k, v, attn_bias, learnable_sink, options, seed, offset), seed
@@ -225,7 +230,7 @@ def backward(
     offset: int = 0,
 ) -> None:
     """Writes the gradients: (dout, dq, dk, dv, d_attn_bias, d_learnable_sink)."""
-    if _is_compiling():
+    if _is_recorded():
         from . import _operators
 
         forward_arguments = (q, k, v, attn_bias, learnable_sink, options, seed, offset)
@@ -471,8 +476,8 @@ def _in_words_of_the_cache(message: str) -> str:
 
 def draw_seed(generator: torch.Generator | None = None) -> int | torch.Tensor:
     """A seed for the dropout mask, from `generator` or PyTorch's default CPU generator. A tensor
-    while a compiler traces, which cannot know the number."""
-    if _is_compiling():
+    while the call is recorded, for another each time."""
+    if _is_recorded():
         return draw_seed_tensor(generator)
     return int(_place_of_seed(generator).random_(generator=generator))
 
@@ -564,7 +569,7 @@ def _is_dispatched(
 ) -> bool:
     """Whether the call must go through PyTorch's dispatcher: a compiler, mode or transform watches,
     or a tensor is of a class that holds no data itself, such as a FakeTensor."""
-    if _is_compiling():
+    if _is_recorded():
         check_tensors(names, tensors)
         return True
     for tensor in tensors:
@@ -616,7 +621,7 @@ def length(name: str, value: object) -> int:
     """A maximum length, which clients pass as an int or as a tensor of one element."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
-    if _is_compiling() and isinstance(value, _Tensor):
+    if _is_recorded() and isinstance(value, _Tensor):
         return value  # known when the operator runs
     try:
         return operator.index(value)  # type: ignore[arg-type]

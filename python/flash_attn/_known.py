@@ -18,6 +18,7 @@ _Tensor = torch.Tensor
 _is_grad_enabled = torch.is_grad_enabled
 # Where is_compiling() says more than this, tensors are fake or a mode is active.
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_tracing = torch._C._is_tracing  # by torch.jit.trace
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 # Without the dispatcher; on the current device.
 _empty_strided = {
@@ -138,6 +139,7 @@ def _is_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     return (
         type(q) is type(k) is type(v) is _Tensor
         and not _is_dynamo_compiling()
+        and not _is_tracing()
         and not _num_dispatch_modes()
         and _forward_ad._current_level < 0
     )

@@ -427,3 +427,36 @@ def test_eager_calls_do_not_register_operators():
         """
     )
     assert output.split() == ["False", "False"]
+
+
+def test_jit_trace_records_the_operator_and_not_its_result():
+    """What the native library does without PyTorch's dispatcher a trace would not hold."""
+    q, k, v = (x.detach() for x in tensors(2, 6, 6))
+    lengths = offsets([2, 4])
+
+    def every_function(q, k, v, longest):
+        dense = flash_attn_func(q, k, v, causal=True)
+        flat = (x[0] for x in (q, k, v))
+        varlen = flash_attn_varlen_func(*flat, lengths, lengths, longest, longest)
+        cached = flash_attn_with_kvcache(q, k, v, cache_seqlens=5)
+        private = _flash_attn_forward(q, k, v, 0.0, 0.5, True, -1, -1, 0.0, None, False)
+        return dense, varlen, cached, *private[:2]
+
+    flash_attn_func(q, k, v)  # so that there has been such a call
+    traced = torch.jit.trace(every_function, (q, k, v, torch.tensor(5)))
+    other = q * 2, k + 1, v - 1, torch.tensor(4)
+    assert all(map(same_bits, traced(*other), every_function(*other)))
+
+
+def test_jit_trace_draws_a_seed_at_every_call():
+    q, k, v = (x.detach() for x in tensors(2, 6, 6))
+
+    def dropping(q, k, v):
+        return flash_attn_func(q, k, v, dropout_p=0.5)
+
+    traced = torch.jit.trace(dropping, (q, k, v), check_trace=False)
+    torch.manual_seed(1)
+    first = traced(q, k, v)
+    assert not torch.equal(first, traced(q, k, v))
+    torch.manual_seed(1)
+    assert same_bits(first, traced(q, k, v))
