@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -212,8 +213,35 @@ def run_forward(*tensors_and_options: Any) -> None:
         elif not (q.is_cuda and _known.run(*arguments)):
             _backends().forward(*arguments)
     except _CLARIFIED as error:
-        clear = _native.clarify(error, arguments)
-        raise clear from (None if clear is error else error)
+        _run_with_numbers(error, _serving(q).forward, arguments)
+
+
+def _run_with_numbers(
+    error: Exception,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    first: dict[str, str] | None = None,
+) -> None:
+    """What to do where `function`, a native one, has raised `error`: the original's options pass
+    through operators of PyTorch, for which a tensor of one element is a number and None is False.
+    With such among `arguments` it is called again; else what is wrong is raised."""
+    kinds = [*(first or {}).values(), *_native.ARGUMENTS.values()]
+    numbers = tuple(_as_number(kind, value) for kind, value in zip(kinds, arguments))
+    try:
+        if all(new is old for new, old in zip(numbers, arguments)):
+            raise error
+        function(*numbers)
+    except _CLARIFIED as again:
+        clear = _native.clarify(again, numbers, first)
+        raise clear from (None if clear is again else again)
+
+
+def _as_number(kind: str, value: Any) -> Any:
+    if kind == "bool" and value is None:
+        return False
+    # A gradient would be lost without a word.
+    is_number = isinstance(value, _Tensor) and value.numel() == 1 and not value.requires_grad
+    return value.item() if is_number and kind in ("int", "float", "bool") else value
 
 
 def backward(
@@ -252,12 +280,11 @@ def backward(
             offset,
         ),
     )
-    serve = _native if q.is_cpu and _native_on_cpu else _backends()
+    serve = _serving(q)
     try:
         serve.backward(*arguments)
     except _CLARIFIED as error:
-        clear = _native.clarify(error, arguments, _native.GRADIENT_ARGUMENTS)
-        raise clear from (None if clear is error else error)
+        _run_with_numbers(error, serve.backward, arguments, _native.GRADIENT_ARGUMENTS)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -353,6 +380,11 @@ def _backends() -> Any:
     from . import _backends
 
     return _backends
+
+
+def _serving(q: torch.Tensor) -> Any:
+    """What has the functions that serve a call on q's device."""
+    return _native if q.is_cpu and _native_on_cpu else _backends()
 
 
 def _gradient_of(tensor: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
@@ -465,8 +497,11 @@ def run_with_kvcache(
     except ValueError as error:
         raise ValueError(_in_words_of_the_cache(str(error))) from None
     except _CLARIFIED as error:
-        clear = _native.clarify(error, arguments, _native.KVCACHE_ARGUMENTS)
-        raise clear from (None if clear is error else error)
+        try:
+            function = _serving(q).forward_with_kvcache
+            _run_with_numbers(error, function, arguments, _native.KVCACHE_ARGUMENTS)
+        except (ValueError, TypeError) as clear:
+            raise type(clear)(_in_words_of_the_cache(str(clear))) from None
 
 
 def _in_words_of_the_cache(message: str) -> str:

@@ -88,8 +88,8 @@ KVCACHE_ARGUMENTS = {
     "cache_seqlens": "tensor",
     "cache_batch_idx": "tensor",
     "cache_leftpad": "tensor",
-    "k": "tensor",
-    "v": "tensor",
+    "k_new": "tensor",
+    "v_new": "tensor",
     "rotary_cos": "tensor",
     "rotary_sin": "tensor",
     "rotary_interleaved": "bool",
@@ -300,10 +300,7 @@ def clarify(
         return error
     devices: dict[str, str] = {}
     first = first or {}
-    # Beside the k and v that are appended, those attended to are the cache's.
-    others = ((f"{name}_cache" if name in first else name, ARGUMENTS[name]) for name in ARGUMENTS)
-    names = [*first.items(), *others]
-    for (name, kind), value in zip(names, arguments):
+    for (name, kind), value in zip((*first.items(), *ARGUMENTS.items()), arguments):
         if value is None:
             optional = kind in ("tensor", "str") and (first or name not in ("q", "k", "v"))
             if optional or name == "softmax_scale":

@@ -12,6 +12,7 @@ import flash_attn
 from flash_attn import (
     flash_attn_func,
     flash_attn_varlen_func,
+    flash_attn_with_kvcache,
 )
 
 TAIL = {
@@ -143,6 +144,30 @@ def test_positional_arguments_in_the_originals_order():
         return_attn_probs=True,
     )
     assert same_bits(by_position[0], by_name[0]) and same_bits(by_position[1], by_name[1])
+
+
+@torch.enable_grad()
+def test_numbers_may_be_what_operators_of_pytorch_take_for_them():
+    """The original's options pass through such operators."""
+    one = torch.tensor
+    q, k, v = (x.requires_grad_() for x in tensors(2, 6, 9))
+    options = one(0.5), one(0.3), one(True), (one(4), one(0)), one(2.0), None, None
+    torch.manual_seed(0)
+    out = flash_attn_func(q, k, v, *options)
+    torch.manual_seed(0)
+    expected = flash_attn_func(q, k, v, 0.5, 0.3, True, (4, 0), 2.0)
+    assert same_bits(out, expected)
+    gradients = (torch.autograd.grad(x.sum(), q)[0] for x in (out, expected))
+    assert same_bits(*gradients)
+    assert same_bits(flash_attn_func(q, k, v, causal=None), flash_attn_func(q, k, v))
+    cached = flash_attn_with_kvcache(q, k, v, cache_seqlens=7, softmax_scale=one(0.3), causal=None)
+    assert same_bits(cached, flash_attn_with_kvcache(q, k, v, cache_seqlens=7, softmax_scale=0.3))
+
+
+def test_a_number_that_wants_a_gradient_is_refused():
+    scale = torch.nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(TypeError, match="softmax_scale: must be a number"):
+        flash_attn_func(*tensors(2, 6, 9), softmax_scale=scale)
 
 
 def test_s_aux_is_another_name_for_the_learnable_sink():
