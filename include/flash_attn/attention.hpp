@@ -1,10 +1,11 @@
 // FlashAttention-Plus for C++20: a thin header over the C interface in flash_attn.h.
 //
-//   fa::Status status = fa::forward({.q = fa::tensor(q, {batch, seqlen_q, num_heads, head_dim}),
-//                                    .k = fa::tensor(k, {batch, seqlen_k, num_heads_kv, head_dim}),
-//                                    .v = fa::tensor(v, {batch, seqlen_k, num_heads_kv, head_dim}),
-//                                    .out = fa::tensor(out, {batch, seqlen_q, num_heads,
-//                                    head_dim}), .causal = true});
+//   fa::Status status =
+//       fa::forward({.q = fa::tensor(q, {batch, seqlen_q, num_heads, head_dim}),
+//                    .k = fa::tensor(k, {batch, seqlen_k, num_heads_kv, head_dim}),
+//                    .v = fa::tensor(v, {batch, seqlen_k, num_heads_kv, head_dim}),
+//                    .out = fa::tensor(out, {batch, seqlen_q, num_heads, head_dim}),
+//                    .causal = true});
 //   if (!status.ok()) std::fputs(status.message().c_str(), stderr);
 //
 // Nothing here throws but Status::throw_if_error(), and the header compiles with -fno-exceptions.
@@ -196,8 +197,8 @@ Tensor tensor(T* data, Tensor::Extents shape, Tensor::Extents strides = {}) {
   return {data, DTypeOf<std::remove_cv_t<T>>::value, shape, strides};
 }
 
-// For storage without a type of its own: fa::tensor(bytes, fa::DType::kBFloat16, {2, 1024, 16,
-// 64}).
+// For storage without a type of its own:
+//   fa::tensor(bytes, fa::DType::kBFloat16, {2, 1024, 16, 64}).
 inline Tensor tensor(void* data, DType dtype, std::initializer_list<std::int64_t> shape,
                      std::initializer_list<std::int64_t> strides = {}) {
   return {data, dtype, Tensor::Extents{shape.begin(), shape.size()},
@@ -262,8 +263,9 @@ class [[nodiscard]] Status {
 // ---- Calls ----
 
 // One attention call. q, k, v and out are required and share one dtype, fp32, fp16 or bf16; any
-// strides, with a contiguous last dimension. (B batch, Sq/Sk sequence lengths, H/Hk heads of q and
-// of k and v, H % Hk == 0, D/Dv head_dim of q and k and of v and out, each in [1, 512] on the CPU.)
+// strides, with a contiguous last dimension; what is written must not overlap anything else.
+// (B batch, Sq/Sk sequence lengths, H/Hk heads of q and of k and v, H % Hk == 0, D/Dv head_dim of q
+// and k and of v and out, each in [1, 512] on the CPU.)
 struct ForwardArgs {
   // Dense:  q [B, Sq, H, D]    k [B, Sk, Hk, D]    v [B, Sk, Hk, Dv]    out [B, Sq, H, Dv]
   // Varlen: q [total_q, H, D]  k [total_k, Hk, D]  v [total_k, Hk, Dv]  out [total_q, H, Dv]

@@ -58,7 +58,7 @@ typedef struct fa_tensor {
  *   varlen: q [total_q, H, D]  k [total_k, Hk, D]  v [total_k, Hk, Dv]  out [total_q, H, Dv]
  *   paged (with varlen): k [num_blocks, page_size, Hk, D], v [num_blocks, page_size, Hk, Dv]
  * q, k, v and out share one dtype: fp32, fp16 or bf16. Any strides with a contiguous last
- * dimension. */
+ * dimension. What is written must not overlap anything else of the call. */
 typedef struct fa_attention_args {
   size_t struct_size; /* sizeof(fa_attention_args), set by fa_attention_args_init() */
 
@@ -125,8 +125,8 @@ FA_API fa_status fa_forward(const fa_attention_args* args);
 /* fa_forward(), if the calling thread has made a call of this kind before: one that differs in
  * nothing but where the tensors lie (alignment to 16 bytes apart), what they hold, the seed and the
  * offset of dropout, and the stream. Such a call costs neither checks nor decisions. Else *ran is 0
- * and nothing has happened. Calls on the CPU with lengths or pages, whose values are checked, are
- * never known. */
+ * and nothing has happened. Never known are calls on the CPU with lengths or pages, whose values
+ * are checked, and those with a tensor whose strides are NULL or with a head_dim of 1. */
 FA_API fa_status fa_forward_known(const fa_attention_args* args, int32_t* ran);
 
 /* The fp64 oracle that every backend is tested against: the same call, computed straight from the
@@ -227,6 +227,7 @@ FA_API void fa_use_thread_count(int32_t (*count)(void));
  *   "memory_read"  reads of more memory than the caches hold; bytes/s
  * FA_UNSUPPORTED where the machine or the build lacks the kind. */
 FA_API fa_status fa_measure_ceiling(const char* kind, int32_t num_threads, double* per_second);
+
 /* Names a folder that NVIDIA's run-time compiler (libnvrtc) may lie in, beside those that the
  * system searches; folders named first are looked at first. To be called before the first CUDA
  * call. */

@@ -61,8 +61,9 @@ def attention(
         k: [B, Sk, Hk, D]; with cu_seqlens_k [total_k, Hk, D]; with block_table
             [num_blocks, page_size, Hk, D]. q's dtype; H % Hk == 0.
         v: as k, with Dv in place of D.
-        out: where to write, [B, Sq, H, Dv] or [total_q, H, Dv] in q's dtype. None allocates an
-            array of q's library; where that has no writable arrays, `out` is required.
+        out: where to write, [B, Sq, H, Dv] or [total_q, H, Dv] in q's dtype, apart from the other
+            arrays. None allocates an array of q's library; where that has no writable arrays,
+            `out` is required.
         cu_seqlens_q, cu_seqlens_k: [B + 1], int32; given together, for sequences laid end to end.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's length; None reads it from
             cu_seqlens.
