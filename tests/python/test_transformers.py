@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from support import offsets
 
-transformers = pytest.importorskip("transformers", minversion="4.57")
+transformers = pytest.importorskip("transformers", minversion="5")
 
 from flash_attn.integrations.transformers import (  # noqa: E402
     NAME,
@@ -292,6 +293,28 @@ def test_a_static_cache(models):
     )
     expected = eager.generate(tokens(), **arguments)
     assert torch.equal(ours.generate(tokens(), **arguments), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_static_cache_without_a_mask(name, models):
+    """The room in the cache is not seen; a window's cache is full after some tokens."""
+    results = []
+    for model in models(name):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=LENGTH + 8)
+        parts = tokens().split([4, LENGTH - 6, 1, 1], 1)
+        results.append([model(input_ids=x, past_key_values=cache).logits for x in parts])
+    for expected, actual in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=TOLERANCE)
+
+
+def test_keys_of_another_sequence_than_the_queries_get_no_mask(models):
+    masks = pytest.importorskip("transformers.masking_utils")
+    _, ours = models("bert")
+    queries, keys = torch.zeros(BATCH, 4, 64), torch.zeros(BATCH, 9, 64)
+    names = inspect.signature(masks.create_bidirectional_mask).parameters
+    embeds = next(name for name in names if "embeds" in name)
+    arguments = {embeds: queries, "encoder_hidden_states": keys, "attention_mask": None}
+    assert masks.create_bidirectional_mask(ours.config, **arguments) is None
 
 
 def test_the_implementation_of_a_built_model_can_be_changed(models):

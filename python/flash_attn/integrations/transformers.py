@@ -19,7 +19,7 @@ import torch
 
 try:
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+    from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import PreTrainedModel
 
     _check = PreTrainedModel._check_and_adjust_attn_implementation
@@ -171,6 +171,27 @@ def _is_packed(position_ids: torch.Tensor | None, q: torch.Tensor, k: torch.Tens
     return bool((position_ids.diff() != 1).any())
 
 
+def _mask(**given: Any) -> torch.Tensor | None:
+    """Which keys are no padding, [B, keys so far], or None where all are that there is room for: a
+    static cache has more behind them. What else the mask's function says the options tell."""
+    mask, kv_offset, kv_length = (
+        given.get(x) for x in ("attention_mask", "kv_offset", "kv_length")
+    )
+    if mask is not None:
+        mask = mask[:, -kv_length:]
+        return None if mask.size(1) == kv_length and mask.all() else mask
+    if "cache_position" in given:  # transformers 4
+        end = int(given["cache_position"][-1]) + 1
+    else:
+        end = int(given.get("q_offset", 0)) + given["q_length"]
+    # Keys of another sequence than the queries are seen, those to come are not.
+    places = (torch.tensor(place) for place in (0, 0, end - 1, kv_offset + kv_length - 1))
+    if end >= kv_offset + kv_length or given["mask_function"](*places):
+        return None
+    shape = given["batch_size"], end - kv_offset
+    return torch.ones(shape, dtype=torch.bool, device=given.get("device"))
+
+
 def _refuse_unsupported(model: PreTrainedModel) -> None:
     """Raises ValueError where transformers would refuse `flash_attention_2`, and where the model's
     attention would not come here: left to itself such a model drops its mask or position bias."""
@@ -189,7 +210,7 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
 
 def _register() -> None:
     AttentionInterface.register(NAME, flash_attention_plus_forward)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)
+    AttentionMaskInterface.register(NAME, _mask)
     # transformers takes a name with "flash" in it for one of its own implementations, and loads it
     # from its hub. This one is loaded already.
     if getattr(_check, "knows_flash_attention_plus", False):
