@@ -626,6 +626,11 @@ def check_tensors(names: tuple[str, ...], tensors: tuple[object, ...]) -> None:
     for name, tensor in zip(names, tensors):
         if not isinstance(tensor, _Tensor):
             raise TypeError(f"{name}: must be a torch.Tensor, is {type(tensor).__name__}")
+        if tensor.is_nested:
+            raise TypeError(
+                f"{name}: must be a dense tensor, is a nested one; flash_attn_varlen_func takes"
+                " sequences of several lengths, end to end"
+            )
 
 
 def _refuse_transforms(tensors: tuple[torch.Tensor | None, ...]) -> None:

@@ -170,6 +170,12 @@ def test_a_number_that_wants_a_gradient_is_refused():
         flash_attn_func(*tensors(2, 6, 9), softmax_scale=scale)
 
 
+def test_a_nested_tensor_is_told_where_to_go():
+    nested = torch.nested.nested_tensor([torch.ones(n, 2, 8) for n in (3, 2)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="k: must be a dense tensor, is a nested one"):
+        flash_attn_func(torch.ones(2, 3, 2, 8), nested, nested)
+
+
 def test_s_aux_is_another_name_for_the_learnable_sink():
     q, k, v = tensors(2, 65, 65, num_heads_kv=4)
     flat, lengths = torch.stack((q, k, v), 2).flatten(0, 1), offsets([65, 65])
