@@ -6,23 +6,10 @@
 
 namespace fa::cuda {
 
-using Half = unsigned short;
-
-// Two fp32 as two 16-bit elements in a word, `low` in its low half; rounded to nearest even.
+// Two fp32 as two 16-bit elements in a word.
 template <Element kElement>
 __device__ inline Word pack(float low, float high) {
-  Word packed;
-  if constexpr (kElement == Element::kBFloat16) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  } else if constexpr (kIsTuring) {
-    asm("{ .reg .f16 low, high; cvt.rn.f16.f32 low, %1; cvt.rn.f16.f32 high, %2; "
-        "mov.b32 %0, {low, high}; }"
-        : "=r"(packed)
-        : "f"(low), "f"(high));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  }
-  return packed;
+  return kElement == Element::kBFloat16 ? pack_bfloat16(low, high) : pack_float16(low, high);
 }
 
 template <Element kElement>
@@ -30,9 +17,7 @@ __device__ inline float to_float(Half bits) {
   if constexpr (kElement == Element::kBFloat16) {
     return __uint_as_float(static_cast<Word>(bits) << 16);
   } else {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
+    return float_of_float16(bits);
   }
 }
 

@@ -145,9 +145,9 @@ class Consumer90 {
     scores_to_probabilities<kSpec>(s, softmax_, args_, tile, tile.tile_row + warp_row(), key_step,
                                    is_masked, lane());
     pin(s);
-    // The two waits differ so that they stay behind the branch, and the exponentials before it.
+    // Two waits, so that they stay behind the branch, and the exponentials before it.
     if (is_first) {
-      asm volatile("wgmma.wait_group.sync.aligned 0; // first" ::: "memory");
+      products_wait<0, 1>();
       pin(o_);
       if (has_products) {
         release_values();
@@ -157,7 +157,7 @@ class Consumer90 {
       o_.clear();
       pin(o_);
     } else {
-      asm volatile("wgmma.wait_group.sync.aligned 0; // next" ::: "memory");
+      products_wait<0, 2>();
       pin(o_);
       release_values();
       softmax_.apply_rescale(o_);

@@ -6,6 +6,8 @@ namespace fa::cuda {
 using Word = unsigned int;
 using SharedAddress = unsigned int;  // of the shared window, in bytes
 
+using Half = unsigned short;
+
 inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7F800000u);
 
 __device__ inline SharedAddress shared_address(const void* pointer) {
@@ -88,6 +90,33 @@ __device__ inline void load_matrix_x4_transposed(Word (&m)[4], SharedAddress row
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
                : "r"(row)
                : "memory");
+}
+
+// ---- Conversions, to nearest even; `low` into the low half of a word. ----
+
+__device__ inline Word pack_bfloat16(float low, float high) {
+  Word packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ inline Word pack_float16(float low, float high) {
+  Word packed;
+  if constexpr (kIsTuring) {
+    asm("{ .reg .f16 low, high; cvt.rn.f16.f32 low, %1; cvt.rn.f16.f32 high, %2; "
+        "mov.b32 %0, {low, high}; }"
+        : "=r"(packed)
+        : "f"(low), "f"(high));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
+__device__ inline float float_of_float16(Half bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
 }
 
 // ---- Arithmetic. ----

@@ -4,6 +4,7 @@
 // The accumulator of warp w is rows 16 w to 16 w + 15 of the 64, in the layout of mma.h.
 #pragma once
 
+#include "cuda/device/matrix_descriptor.h"
 #include "cuda/device/mma.h"
 
 namespace fa::cuda {
@@ -17,10 +18,11 @@ __device__ inline void products_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until all but the newest kPending groups are done.
-template <int kPending>
+// Until all but the newest kPending groups are done. Waits of unlike kPlace stay apart, where the
+// compiler would make one of both.
+template <int kPending, int kPlace = 0>
 __device__ inline void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0; // %1" ::"n"(kPending), "n"(kPlace) : "memory");
 }
 
 // Pins an accumulator to this place in the program. The compiler does not know that a product
@@ -33,35 +35,6 @@ __device__ inline void pin(Accumulator<1, kTilesN>& c) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c.at[0][n][e])::"memory");
   }
-}
-
-// ---- Operands in shared memory, as the copy engine lays them out with its 128-byte swizzle:
-// blocks of 64 columns, in which a row is 128 bytes and 8 rows are a period. ----
-
-using MatrixDescriptor = unsigned long long;
-
-inline constexpr int kBlockColumns = 64;
-inline constexpr int kBlockRowBytes = 128;
-inline constexpr int kPeriodBytes = 8 * kBlockRowBytes;
-
-// Rows of k at `address`, 16 columns to be multiplied: 8-row periods one behind another.
-__device__ inline MatrixDescriptor row_descriptor(SharedAddress address) {
-  constexpr MatrixDescriptor kSwizzle128 = 1ull << 62;
-  return kSwizzle128 | static_cast<MatrixDescriptor>(kPeriodBytes / 16) << 32 |
-         (address & 0x3FFFF) >> 4;
-}
-
-// 16 rows of v at `address`, to be multiplied from the left: kBlockBytes from one block of columns
-// to the next.
-template <int kBlockBytes>
-__device__ inline MatrixDescriptor column_descriptor(SharedAddress address) {
-  return row_descriptor(address) | static_cast<MatrixDescriptor>(kBlockBytes / 16) << 16;
-}
-
-// What lies `bytes` behind, a multiple of 16; addresses are of the low word, and do not overflow.
-__device__ inline MatrixDescriptor advance(MatrixDescriptor descriptor, int bytes) {
-  const Word low = static_cast<Word>(descriptor) + static_cast<Word>(bytes / 16);
-  return (descriptor >> 32) << 32 | low;
 }
 
 // ---- Products of 64 x N x 16. The operand list of an instruction has a register per element of
