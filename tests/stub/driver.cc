@@ -46,7 +46,7 @@ FA_STUB int cuDeviceGetAttribute(int* value, int attribute, int) {
   const int capability = fa::stub::number("FA_STUB_COMPUTE_CAPABILITY", 90);
   switch (attribute) {
     case 16:  // multiprocessors
-      *value = 132;
+      *value = fa::stub::number("FA_STUB_MULTIPROCESSORS", 132);
       break;
     case 38:  // bytes of L2
       *value = 50 << 20;
@@ -114,17 +114,22 @@ FA_STUB int cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, un
       static_cast<std::string*>(function)->find("forward_sm90<") != std::string::npos;
   record.q_map = nullptr;
   if (has_maps) std::memcpy(&record.q_map, arguments[1], sizeof(void*));
+  if (record.run != nullptr) {
+    record.run(static_cast<std::string*>(function)->c_str(), grid, threads, arguments);
+  }
   return result_of("cuLaunchKernel");
 }
-// A map is the address alone.
-FA_STUB int cuTensorMapEncodeTiled(void* map, int, uint32_t, void* address, const uint64_t*,
-                                   const uint64_t*, const uint32_t* box, const uint32_t*, int, int,
-                                   int, int) {
+FA_STUB int cuTensorMapEncodeTiled(void* map, int, uint32_t, void* address, const uint64_t* sizes,
+                                   const uint64_t* strides, const uint32_t* box, const uint32_t*,
+                                   int, int, int, int) {
   if (current == nullptr) return kInvalidContext;
   ++fa_stub_record()->maps;
   fa_stub_record()->box_rows = box[1];
+  fa::stub::Map encoded{address, {}, {}, box[1]};
+  std::copy_n(sizes, 4, encoded.sizes);
+  std::copy_n(strides, 3, encoded.strides);
   std::memset(map, 0, 128);
-  std::memcpy(map, &address, sizeof(address));
+  std::memcpy(map, &encoded, sizeof(encoded));
   return result_of("cuTensorMapEncodeTiled");
 }
 FA_STUB int cuTensorMapReplaceAddress(void* map, void* address) {

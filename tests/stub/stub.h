@@ -1,8 +1,8 @@
 // What the stand-ins for libcuda and libnvrtc tell of the calls they got.
 //
 // Environment variables say how they behave, so that a test's child process can be given a machine:
-// FA_STUB_DRIVER_VERSION (13000), FA_STUB_COMPUTE_CAPABILITY (90), and FA_STUB_FAIL: a call's name,
-// "=" and the code that it returns from then on.
+// FA_STUB_DRIVER_VERSION (13000), FA_STUB_COMPUTE_CAPABILITY (90), FA_STUB_MULTIPROCESSORS (132),
+// and FA_STUB_FAIL: a call's name, "=" and the code that it returns from then on.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +31,14 @@ inline int result_of(const char* call) {
   return std::atoi(end + 1);
 }
 
+// What a tensor map says: sizes and bytes of the strides but the first by (d, row, head, batch).
+struct Map {
+  void* address;
+  uint64_t sizes[4];
+  uint64_t strides[3];
+  uint32_t box_rows;
+};
+
 // The last launch, and how often each thing happened.
 struct Record {
   int launches;
@@ -46,6 +54,8 @@ struct Record {
   void* q;            // of the kernel's first argument
   void* q_map;        // address in the first map of its second argument
   unsigned box_rows;  // of the last tensor map that was encoded
+  // Not null: runs a kernel, by its name.
+  void (*run)(const char* kernel, unsigned blocks, unsigned threads, void** arguments);
 };
 
 }  // namespace fa::stub

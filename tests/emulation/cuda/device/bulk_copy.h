@@ -1,0 +1,67 @@
+// src/cuda/device/bulk_copy.h on an emulated GPU.
+#pragma once
+
+#include "cuda/device/ptx.h"
+#include "stub/stub.h"
+
+namespace fa::cuda {
+
+struct alignas(64) CopyMap {
+  unsigned long long opaque[16];
+};
+
+struct Barrier {
+  SharedAddress address;
+
+  void init(int num_arrivals) const { emulated::make_barrier(address, num_arrivals); }
+  void arrive() const { emulated::arrive_at(address, 0); }
+  void arrive_and_expect(int bytes) const { emulated::arrive_at(address, bytes); }
+  void wait(int parity) const {
+    emulated::wait_until([this, parity] { return emulated::has_ended(address, parity); });
+  }
+};
+
+inline void barriers_fence() {}
+inline void shared_writes_fence() {}
+
+// Rows of 128 bytes, whose chunks of 16 are permuted by three bits of the row.
+inline void copy_now(SharedAddress to, const stub::Map& map, const int64_t (&first)[4],
+                     Barrier barrier) {
+  for (uint32_t row = 0; row < map.box_rows; ++row) {
+    for (int column = 0; column < 64; ++column) {
+      const int64_t at[4] = {first[0] + column, first[1] + row, first[2], first[3]};
+      Half element = 0;
+      int64_t offset = at[0] * 2;
+      bool exists = true;
+      for (int i = 0; i < 4; ++i) {
+        exists &= at[i] >= 0 && at[i] < static_cast<int64_t>(map.sizes[i]);
+        if (i > 0) offset += at[i] * static_cast<int64_t>(map.strides[i - 1]);
+      }
+      if (exists) std::memcpy(&element, static_cast<const char*>(map.address) + offset, 2);
+      const SharedAddress place = to + row * 128 + static_cast<Word>(column) * 2;
+      std::memcpy(shared_at(place ^ (place >> 7 & 7) << 4), &element, 2);
+    }
+  }
+  emulated::bytes_came(barrier.address, int64_t{map.box_rows} * 128);
+}
+
+inline void copy_box(SharedAddress to, const CopyMap& map, int column, int row, int head, int batch,
+                     Barrier barrier) {
+  stub::Map of_tensor;
+  std::memcpy(&of_tensor, &map, sizeof(of_tensor));
+  emulated::copy_later([=] { copy_now(to, of_tensor, {column, row, head, batch}, barrier); });
+}
+
+inline void named_sync(int id, int num_threads) {
+  emulated::sync(id, static_cast<unsigned>(num_threads));
+}
+inline void named_arrive(int id, int num_threads) {
+  emulated::arrive(id, static_cast<unsigned>(num_threads));
+}
+
+template <int kRegisters>
+void take_registers() {}
+template <int kRegisters>
+void leave_registers() {}
+
+}  // namespace fa::cuda
