@@ -76,13 +76,14 @@ class BackwardTaskRun {
     run_.for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
       products_.load_tile(tile);
       products_.start_tile(tile);
-      for (int64_t p = 0; p < num_panels_; ++p) {
+      const int64_t last = last_panel(tile);
+      for (int64_t p = 0; p <= last; ++p) {
         const BackwardPanel panel = this->panel(p, chunk);
-        accumulate(panel, tile, first_key(panel, keys) >= tile.first_key);
+        accumulate(panel, tile, {first_key(panel, keys) >= tile.first_key,
+                                 std::min(panel.keys.end, keys.end) <= tile.keys.end, p == last});
       }
       products_.finish_tile();
-      const float keep = 1.0f / (1.0f - static_cast<float>(args_.dropout_p));
-      products_.store(tile, static_cast<float>(core::softmax_scale(args_)), keep);
+      products_.store(tile);
     });
     if (!call_.owns_panels() || chunk == 0) return;
     for (int64_t p = 0; p < num_panels_; ++p) add_share(panel(p), panel(p, chunk).dq);
@@ -94,8 +95,7 @@ class BackwardTaskRun {
     for (int64_t chunk = 1; chunk < call_.num_chunks && !call_.owns_panels(); ++chunk) {
       add_share(panel, this->panel(index, chunk).dq);
     }
-    run_.store_queries(args_.dq, panel, products_.rows(panel), k_row_,
-                       static_cast<float>(core::softmax_scale(args_)));
+    products_.store_queries(panel);
   }
 
   // Leaves P, masked by dropout, in p_ and dS, before softcap's derivative, in ds_. The tile's keys
@@ -107,7 +107,7 @@ class BackwardTaskRun {
     run_.finish_scores(panel, tile, scales_late_, derivatives_);
     products_.probability_gradients(panel, tile);
     if (problem_.dropout) {
-      const Float keep = hn::Set(kFloats, 1.0f / (1.0f - static_cast<float>(args_.dropout_p)));
+      const Float keep = hn::Set(kFloats, call_.keep_scale);
       for_each_dropout_mask(
           call_, panel, tile, batch_, [&](auto kept, int64_t row, int64_t v) HWY_ATTR {
             gradient_of_vector(panel, tile, row, v, [&](Float& p, Float& dp) HWY_ATTR {
@@ -160,6 +160,17 @@ class BackwardTaskRun {
     }
   }
 
+  // The last panel that sees any of the tile; -1 where none does.
+  HWY_INLINE int64_t last_panel(const KeyTile& tile) const {
+    int64_t p = num_panels_ - 1;
+    const auto sees = [&](const QueryPanel& panel) {
+      return std::max(panel.keys.begin, tile.keys.begin) <
+             std::min(panel.keys.end, tile.keys.end);
+    };
+    while (p >= 0 && !sees(run_.panel(p))) --p;
+    return p;
+  }
+
   // The first of `keys` that the panel sees, where it sees one.
   static int64_t first_key(const BackwardPanel& panel, semantics::Range keys) {
     return std::max(panel.keys.begin, keys.begin);
@@ -188,17 +199,18 @@ class BackwardTaskRun {
     hn::Store(dropped, kFloats, p_at);
   }
 
-  // One panel's contribution to dK and dV of the tile, and the tile's to dQ of the panel, to which
-  // it may be the first.
-  HWY_INLINE void accumulate(const BackwardPanel& panel, const KeyTile& keys, bool first) {
+  // One panel's contribution to dK and dV of the tile, and the tile's to dQ of the panel.
+  HWY_INLINE void accumulate(const BackwardPanel& panel, const KeyTile& keys, Turn turn) {
     const ScoreTile tile = run_.score_tile(panel, keys, p_);
     if (tile.begin >= tile.end) return;
     if constexpr (Products::kPairs) {
-      if (products_.takes_chunks(panel)) return products_.differentiate(panel, tile, first);
+      if (products_.takes_chunks(panel)) {
+        return products_.differentiate(panel, tile, turn.starts_queries);
+      }
     }
     compute_gradients(panel, tile, !Products::kPairs && derivatives_ == nullptr);
     if (derivatives_ != nullptr) apply_derivatives(panel, tile);
-    products_.accumulate(panel, tile, first);
+    products_.accumulate(panel, tile, turn);
   }
 
   HWY_INLINE void apply_derivatives(const BackwardPanel& panel, const ScoreTile& tile) const {

@@ -115,7 +115,9 @@ class BackwardPlan final : public core::Plan {
                             shared + layout.lse,
                             shared + layout.delta,
                             num_chunks_,
-                            layout.own_lanes};
+                            layout.own_lanes,
+                            static_cast<float>(core::softmax_scale(args)),
+                            1.0f / (1.0f - static_cast<float>(args.dropout_p))};
     const auto run_all = [&](const std::vector<BackwardTask>& tasks, auto&& kernel) {
       double flops = 0;
       for (const BackwardTask& task : tasks) flops += task.cost;

@@ -23,6 +23,13 @@ struct BackwardPanel : QueryPanel {
   float* dq;  // of one chunk of keys
 };
 
+// Which of the sums that a panel and a tile add to start or end with them.
+struct Turn {
+  bool starts_queries;  // dQ of the panel, within a chunk of keys
+  bool ends_queries;
+  bool ends_keys;  // dK and dV of the tile
+};
+
 class FloatGradientProducts {
  public:
   static constexpr bool kPairs = false;
@@ -42,7 +49,9 @@ class FloatGradientProducts {
         dk_(scratch + layout.dk),
         dv_(scratch + layout.dv),
         p_(scratch + layout.probabilities),
-        ds_(scratch + layout.score_gradients) {}
+        ds_(scratch + layout.score_gradients),
+        writes_dq_(call.num_chunks == 1 && may_write(call.args.dq)),
+        writes_keys_(may_write(call.args.dk) && may_write(call.args.dv)) {}
 
   // Rows of Q and dO; Q^T, times scale * log2(e), and dO^T.
   HWY_INLINE void pack(const BackwardPanel& panel) const {
@@ -76,47 +85,74 @@ class FloatGradientProducts {
   HWY_INLINE void start_tile(const KeyTile& tile) {
     num_rows_ = tile.keys.end - tile.first_key;
     started_ = false;
+    written_ = {0, 0};
   }
 
-  // dV += P^T dO, dK += dS^T Q, dQ += dS K; = where `first` of dQ.
-  HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, bool first) {
+  // dV += P^T dO, dK += dS^T Q, dQ += dS K. Sums that end go where they belong.
+  HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, Turn turn) {
+    Target dk{dk_, k_row_, 1.0f}, dv{dv_, v_row_, 1.0f}, dq{panel.dq, dq_row(), 1.0f};
+    if (turn.ends_keys && writes_keys_) {
+      dk = run_.key_target(call_.args.dk, tile.first_key, call_.scale);
+      dv = run_.key_target(call_.args.dv, tile.first_key, call_.keep_scale);
+      written_ = {tile.begin, tile.end};
+    }
+    if (turn.ends_queries && writes_dq_) dq = run_.query_target(call_.args.dq, panel, call_.scale);
     if (started_) {
-      accumulate_keys<true>(panel, tile);
+      accumulate_keys<true>(panel, tile, dk, dv);
     } else {
       clear_rows(0, tile.begin);
-      accumulate_keys<false>(panel, tile);
+      accumulate_keys<false>(panel, tile, dk, dv);
       clear_rows(tile.end, num_rows_);
       started_ = true;
     }
     const int64_t k_vectors = ceil_div(call_.problem.head_dim, kLanes);
     value_product<Shapes>(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile),
-                          !first, panel.dq, round_up(call_.problem.head_dim, kMaxLanes));
+                          !turn.starts_queries, panel.dq, dq_row(), dq);
   }
 
   HWY_INLINE void finish_tile() const {
     if (!started_) clear_rows(0, num_rows_);
   }
 
-  // Rounds dK and dV, times their factors, to where they belong.
-  HWY_INLINE void store(const KeyTile& tile, float k_factor, float v_factor) const {
-    run_.store_rows(call_.args.dk, tile, dk_, k_row_, k_factor);
-    run_.store_rows(call_.args.dv, tile, dv_, v_row_, v_factor);
+  // Rounds those of dK and dV that no product has written, times their factors, to where they
+  // belong.
+  HWY_INLINE void store(const KeyTile& tile) const {
+    const semantics::Range around[] = {{tile.keys.begin, tile.first_key + written_.begin},
+                                       {tile.first_key + written_.end, tile.keys.end}};
+    for (const semantics::Range keys : around) {
+      if (keys.empty()) continue;
+      run_.store_rows(call_.args.dk, {keys, tile.first_key}, dk_, k_row_, call_.scale);
+      run_.store_rows(call_.args.dv, {keys, tile.first_key}, dv_, v_row_, call_.keep_scale);
+    }
   }
 
-  // dQ's rows.
-  HWY_INLINE const float* rows(const BackwardPanel& panel) const { return panel.dq; }
+  // The same for dQ.
+  HWY_INLINE void store_queries(const BackwardPanel& panel) const {
+    const bool is_written = writes_dq_ && !panel.keys.empty();
+    const int64_t first = is_written ? panel.num_lanes / kValueRows * kValueRows : 0;
+    run_.store_queries(call_.args.dq, panel.from(first), panel.dq + first * dq_row(), dq_row(),
+                       call_.scale);
+  }
 
  private:
+  // Whether products may write a gradient: in fp32, and whole vectors.
+  static bool may_write(const core::TensorView& gradient) {
+    return gradient.dtype == core::DataType::kFloat32 &&
+           gradient.shape[gradient.ndim - 1] % kLanes == 0;
+  }
+  int64_t dq_row() const { return round_up(call_.problem.head_dim, kMaxLanes); }
+
   // dV and dK; the first panel of a tile writes them.
   template <bool kAccumulate>
-  HWY_INLINE void accumulate_keys(const BackwardPanel& panel, const ScoreTile& tile) const {
+  HWY_INLINE void accumulate_keys(const BackwardPanel& panel, const ScoreTile& tile,
+                                  const Target& dk, const Target& dv) const {
     const auto queries_of = run_.queries_of(panel, tile);
     const int64_t k_vectors = ceil_div(call_.problem.head_dim, kLanes);
     const int64_t v_vectors = ceil_div(call_.problem.head_dim_v, kLanes);
     key_product<kAccumulate>(p_, dout_rows(panel), v_row_, v_vectors, tile.begin, tile.end,
-                             queries_of, dv_);
+                             queries_of, dv_, dv);
     key_product<kAccumulate>(ds_, q_rows(panel), k_row_, k_vectors, tile.begin, tile.end,
-                             queries_of, dk_);
+                             queries_of, dk_, dk);
   }
 
   // Rows of dK and dV that the first panel does not see.
@@ -145,7 +181,10 @@ class FloatGradientProducts {
   float* const dv_;
   float* const p_;        // [tile_keys][kPanel]
   float* const ds_;       // [tile_keys][kPanel]
-  int64_t num_rows_ = 0;  // of the tile
+  const bool writes_dq_;  // products write dQ, and dK and dV, where their sums end
+  const bool writes_keys_;
+  int64_t num_rows_ = 0;             // of the tile
+  semantics::Range written_{0, 0};  // of those, by products
   bool started_ = false;  // dk_ and dv_ hold something
 };
 

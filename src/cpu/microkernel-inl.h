@@ -55,12 +55,23 @@ template <class TileShapes>
 inline constexpr int64_t kStripLanes = TileShapes::Scores::kVectors* kLanes;
 static_assert(kPanel <= kMaxPanel && kTileKeys % semantics::kKeysPerDraw == 0);
 
-// C[kTileRows][kWide vectors] (+)= sum over n of a[r][n] * b[n][...], where a is broadcast and
-// element (r, n) of a lies at a[r * a_row + n * a_step].
+// Where the rows of a product go, times factor.
+struct Target {
+  float* rows;
+  int64_t row;
+  float factor;
+
+  HWY_INLINE Target from(int64_t first_row, int64_t first_vector) const {
+    return {rows + first_row * row + first_vector * kLanes, row, factor};
+  }
+};
+
+// Leaves C[kTileRows][kWide vectors] (+)= sum over n of a[r][n] * b[n][...] in `to`, where a is
+// broadcast and element (r, n) of a lies at a[r * a_row + n * a_step].
 template <int kTileRows, int kWide, bool kAccumulate>
 HWY_INLINE void multiply_tile(const float* HWY_RESTRICT a, int64_t a_row, int64_t a_step,
                               const float* HWY_RESTRICT b, int64_t b_step, int64_t n,
-                              float* HWY_RESTRICT c, int64_t c_row) {
+                              const float* c, int64_t c_row, const Target& to) {
   Float sum[kTileRows][kWide];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) {
@@ -82,10 +93,20 @@ HWY_INLINE void multiply_tile(const float* HWY_RESTRICT a, int64_t a_row, int64_
     a += a_step;
     b += b_step;
   }
+  if (to.factor != 1.0f) {
+    const Float factor = hn::Set(kFloats, to.factor);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+      for (int w = 0; w < kWide; ++w) sum[r][w] = hn::Mul(sum[r][w], factor);
+    }
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
-    for (int w = 0; w < kWide; ++w) hn::Store(sum[r][w], kFloats, c + r * c_row + w * kLanes);
+    for (int w = 0; w < kWide; ++w) {
+      hn::StoreU(sum[r][w], kFloats, to.rows + r * to.row + w * kLanes);
+    }
   }
 }
 
@@ -115,7 +136,7 @@ template <class TileShapes, int kWidth>
 HWY_NOINLINE void score_tile(const float* HWY_RESTRICT q, const float* HWY_RESTRICT k,
                              int64_t k_row, int64_t depth, float* HWY_RESTRICT scores) {
   multiply_tile<TileShapes::Scores::kRows, kWidth, false>(k, k_row, 1, q, kStripLanes<TileShapes>,
-                                                          depth, scores, kPanel);
+                                                          depth, nullptr, 0, {scores, kPanel, 1.0f});
 }
 
 // S^T[key][query] = sum_d K[key][d] Q^T[d][query], for whole register tiles of keys.
@@ -151,62 +172,67 @@ HWY_INLINE void score_product(const float* HWY_RESTRICT q, int64_t query_vectors
 // O[query][dv] += sum over keys of P^T[key][query] V[key][dv], for one register tile of O.
 template <int kRows, int kWidth>
 HWY_INLINE void value_tile(const float* HWY_RESTRICT p, const float* HWY_RESTRICT v, int64_t v_row,
-                           semantics::Range keys, bool accumulate, float* HWY_RESTRICT o,
-                           int64_t o_row) {
+                           semantics::Range keys, bool accumulate, const float* o, int64_t o_row,
+                           const Target& to) {
   const int64_t n = keys.empty() ? 0 : keys.end - keys.begin;
   const float* first_p = p + keys.begin * kPanel;
   const float* first_v = v + keys.begin * v_row;
   if (!accumulate) {
-    multiply_tile<kRows, kWidth, false>(first_p, 1, kPanel, first_v, v_row, n, o, o_row);
-  } else if (n > 0) {
-    multiply_tile<kRows, kWidth, true>(first_p, 1, kPanel, first_v, v_row, n, o, o_row);
+    multiply_tile<kRows, kWidth, false>(first_p, 1, kPanel, first_v, v_row, n, o, o_row, to);
+  } else if (n > 0 || to.rows != o) {
+    multiply_tile<kRows, kWidth, true>(first_p, 1, kPanel, first_v, v_row, n, o, o_row, to);
   }
 }
 
-// The same for a panel; = where o holds nothing yet.
+// The same for a panel; = where o holds nothing yet. Whole register tiles of queries go to `to`,
+// which may be o; the last ones stay in o.
 // p: [keys][kPanel], v: [keys][v_row], o: [queries][o_row]. keys_of as above; the rest of P is 0.
 template <class TileShapes, class KeysOf>
 HWY_INLINE void value_product(const float* HWY_RESTRICT p, int64_t num_queries,
                               const float* HWY_RESTRICT v, int64_t v_row, int64_t value_vectors,
-                              KeysOf&& keys_of, bool accumulate, float* HWY_RESTRICT o,
-                              int64_t o_row) {
+                              KeysOf&& keys_of, bool accumulate, float* o, int64_t o_row,
+                              const Target& to) {
   constexpr int kRows = TileShapes::Values::kRows;
   constexpr int kRest = kPanel % kRows;  // queries of a panel's last register tile
   for_each_strip<TileShapes::Values::kVectors>(value_vectors, [&](int64_t w, auto width) HWY_ATTR {
     const float* strip_v = v + w * kLanes;
-    float* strip_o = o + w * kLanes;
+    const Target strip_o{o + w * kLanes, o_row, 1.0f};
     const int64_t end = std::min<int64_t>(num_queries, kPanel - kRest);
     for (int64_t query = 0; query < end; query += kRows) {
+      const Target own = strip_o.from(query, 0);
       value_tile<kRows, width()>(p + query, strip_v, v_row, keys_of(query, query + kRows),
-                                 accumulate, strip_o + query * o_row, o_row);
+                                 accumulate, own.rows, o_row,
+                                 query + kRows <= num_queries ? to.from(query, w) : own);
     }
     if constexpr (kRest > 0) {
       constexpr int64_t kFirst = kPanel - kRest;
       if (num_queries <= kFirst) return;
+      const Target own = strip_o.from(kFirst, 0);
       value_tile<kRest, width()>(p + kFirst, strip_v, v_row, keys_of(kFirst, kPanel), accumulate,
-                                 strip_o + kFirst * o_row, o_row);
+                                 own.rows, o_row, own);
     }
   });
 }
 
 // C[key][d] += sum over queries of A^T[key][query] B[query][d], for keys in [begin, end); = where
-// kAccumulate is false.
+// kAccumulate is false. The result goes to `to`, which may be c.
 // a: [keys][kPanel], b: [queries][row], c: [keys][row]. queries_of(first, last) gives the queries
 // that see any key of [first, last); the rest of A is 0.
 template <bool kAccumulate, class QueriesOf>
 HWY_INLINE void key_product(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, int64_t row,
                             int64_t vectors, int64_t begin, int64_t end, QueriesOf&& queries_of,
-                            float* HWY_RESTRICT c) {
+                            const float* c, const Target& to) {
   for_each_strip<kValueVectors>(vectors, [&](int64_t w, auto width) HWY_ATTR {
     int64_t key = begin;
     const auto rows = [&](auto count) HWY_ATTR {
       const semantics::Range queries = queries_of(key, key + count());
-      if (!kAccumulate || !queries.empty()) {
+      if (!kAccumulate || !queries.empty() || to.rows != c) {
         const int64_t first = queries.empty() ? 0 : queries.begin;
         const int64_t n = queries.empty() ? 0 : queries.end - queries.begin;
         multiply_tile<count(), width(), kAccumulate>(a + key * kPanel + first, kPanel, 1,
                                                      b + first * row + w * kLanes, row, n,
-                                                     c + key * row + w * kLanes, row);
+                                                     c + key * row + w * kLanes, row,
+                                                     to.from(key, w));
       }
       key += count();
     };

@@ -93,14 +93,14 @@ class PairGradientProducts {
   }
 
   // Panels come in the order of their numbers. P and dS of the whole tile are there.
-  HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, bool first) {
+  HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, Turn turn) {
     start_panel(panel, tile);
     gather(panel, tile, gathered_at(gathered_p_, panel.number));
     gather(panel, tile.in(ds_), gathered_at(gathered_ds_, panel.number));
     const ScoreTile ds = tile.in(ds_);
     pack_pairs(panel, ds);
     clear_pairs_around(panel, ds);
-    call_.pairs->multiply(pair_key_sum(call_, panel, ds, k_transposed_, k_row_, !first, panel.dq));
+    call_.pairs->multiply(pair_key_sum(call_, panel, ds, k_transposed_, k_row_, !turn.starts_queries, panel.dq));
   }
 
   // Whether `differentiate` serves a panel.
@@ -152,15 +152,15 @@ class PairGradientProducts {
     std::fill_n(dv_, call_.tile_keys * v_row_, 0.0f);
   }
 
-  HWY_INLINE void store(const KeyTile& tile, float k_factor, float v_factor) const {
-    store_rows(call_.args.dk, tile, dk_, k_row_, k_factor);
-    store_rows(call_.args.dv, tile, dv_, v_row_, v_factor);
+  HWY_INLINE void store(const KeyTile& tile) const {
+    store_rows(call_.args.dk, tile, dk_, k_row_, call_.scale);
+    store_rows(call_.args.dv, tile, dv_, v_row_, call_.keep_scale);
   }
 
-  // dQ's rows, from its transpose.
-  HWY_INLINE const float* rows(const BackwardPanel& panel) const {
+  // dQ, from its transpose.
+  HWY_INLINE void store_queries(const BackwardPanel& panel) const {
     rows_of_blocks(panel.dq, k_row_, panel.num_lanes, rows_, k_row_);
-    return rows_;
+    run_.store_queries(call_.args.dq, panel, rows_, k_row_, call_.scale);
   }
 
  private:

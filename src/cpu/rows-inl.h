@@ -94,6 +94,17 @@ class SequenceRows {
     narrow(row, factor, to, rows.offset + key * rows.row_stride + head_kv_ * rows.head_stride);
   }
 
+  // Rows of an fp32 gradient of whole vectors, from `key` on or of a panel, for products to write.
+  HWY_INLINE Target key_target(const core::TensorView& to, int64_t key, float factor) const {
+    const core::Rows rows = core::key_rows(to, sequence_);
+    return {to.as<float>() + key_offset(to, rows, key), rows.row_stride, factor};
+  }
+  HWY_INLINE Target query_target(const core::TensorView& to, const QueryPanel& panel,
+                                 float factor) const {
+    return {to.as<float>() + query_offset(to, panel.first_head, panel.first_query),
+            core::query_rows(to, sequence_).row_stride, factor};
+  }
+
   // Offset of a query's row of q, out and their like, in elements.
   HWY_INLINE int64_t query_offset(const core::TensorView& view, int64_t head, int64_t query) const {
     const core::Rows rows = core::query_rows(view, sequence_);

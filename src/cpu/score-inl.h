@@ -26,6 +26,10 @@ struct QueryPanel {
   semantics::Range keys;  // visible to at least one of the queries
 
   int64_t vectors() const { return ceil_div(num_lanes, kLanes); }
+  // Those from a lane on, of a panel of one head.
+  QueryPanel from(int64_t lane) const {
+    return {first_head, first_query + lane, num_lanes - lane, num_lanes - lane, keys};
+  }
   bool one_head() const { return queries_per_head == num_lanes; }
   int64_t head(int64_t lane) const { return first_head + lane / queries_per_head; }
   int64_t query(int64_t lane) const { return first_query + lane % queries_per_head; }
