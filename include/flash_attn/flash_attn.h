@@ -179,6 +179,11 @@ FA_API void fa_attention_gradients_init(fa_attention_gradients* gradients);
 FA_API fa_status fa_backward(const fa_attention_args* args,
                              const fa_attention_gradients* gradients);
 
+/* fa_backward(), if the calling thread has made a call of this kind before, as fa_forward_known()
+ * has it. */
+FA_API fa_status fa_backward_known(const fa_attention_args* args,
+                                   const fa_attention_gradients* gradients, int32_t* ran);
+
 /* The fp64 oracle of fa_backward(), on the CPU, slowly. gradients->dout is in q's dtype; the others
  * are fp64 tensors, row-major without gaps, in the shapes that fa_backward() has them in; each may
  * be NULL. `bounds`, which may be NULL, alike: it gets the same formulas with absolute values in

@@ -112,6 +112,24 @@ def _known_of(
     return _known.attention(*tensors, softmax_scale, causal, window_size, softcap, True, *layout)
 
 
+def _known_gradients(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    options: Options,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """dq, dk and dv of a known call, where nothing else is asked for."""
+    dropout_p, scale, causal, window_size, softcap, slopes, deterministic, _, *layout = options
+    if slopes is not None or layout[0] is not None or _is_grad_enabled():
+        return None
+    rest = scale, causal, window_size, softcap, dropout_p, seed, deterministic
+    return _known.gradients(dout, q, k, v, out, lse, *rest)
+
+
 def _remember(packing: Packing, q: torch.Tensor, out: torch.Tensor, options: Options) -> None:
     """That there was such a call, for the next."""
     if packing is not SEPARATE:
@@ -323,6 +341,9 @@ class AttentionFunction(torch.autograd.Function):
         if dout is None:
             return (None,) * (4 + len(tensors))
         packing, options, seed = ctx.call
+        is_plain = packing is SEPARATE and attn_bias is None and learnable_sink is None
+        if is_plain and (known := _known_gradients(dout, *tensors, out, lse, options, seed)):
+            return None, None, None, None, *known
         # Compact, whatever the strides of what they belong to.
         gradients = [_empty_like(x, memory_format=_contiguous) for x in tensors]
         # A boolean mask has no gradient, and so requires none.
@@ -349,6 +370,8 @@ class AttentionFunction(torch.autograd.Function):
             options,
             seed,
         )
+        if is_plain and q.is_cpu:
+            _known.remember_gradients(gradients)
         if _is_grad_enabled():  # create_graph=True
             gradients = _NotDifferentiable.apply(
                 (d_attn_bias, d_learnable_sink, *gradients), dout, *ctx.saved_tensors

@@ -44,10 +44,11 @@ class _MethodDefinition(ctypes.Structure):
 _kept: list[object] = []  # what the function refers to
 
 
-def make() -> Callable[..., bool]:
-    """The function, whose arguments are those of _native.ARGUMENTS, then of KVCACHE_ARGUMENTS;
-    ones at the end may be missing. It returns whether the call was of a kind that is known, and has
-    run. Where PyTorch cannot lend tensors to C, one that knows none."""
+def make(backward: bool = False) -> Callable[..., bool]:
+    """The function, whose arguments are those of _native.ARGUMENTS, then of KVCACHE_ARGUMENTS, or,
+    of the backward, of _native.GRADIENT_ARGUMENTS, then of ARGUMENTS; ones at the end may be
+    missing. It returns whether the call was of a kind that is known, and has run. Where PyTorch
+    cannot lend tensors to C, one that knows none."""
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if exchange is None:
         return _know_none
@@ -65,10 +66,11 @@ def make() -> Callable[..., bool]:
         exchange,
     )
     table = (ctypes.c_void_p * len(addresses))(*addresses)
-    function = _native.direct_call(ctypes.c_void_p(ctypes.addressof(table)))
+    function = _native.direct_call(ctypes.c_void_p(ctypes.addressof(table)), backward)
     if not function:
         return _know_none
-    definition = _MethodDefinition(b"forward_known", function, _METH_FASTCALL, None)
+    name = b"backward_known" if backward else b"forward_known"
+    definition = _MethodDefinition(name, function, _METH_FASTCALL, None)
     _kept.extend((table, definition))
     new = api["PyCFunction_NewEx"]
     new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p,) * 3

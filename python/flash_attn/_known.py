@@ -1,7 +1,8 @@
 """Calls of a kind that the thread has made before, on a way that is little but the native library.
 
-attention() and with_kvcache() return what the public functions do, or None; then nothing has
-happened, and the call is of another kind, needs a gradient or PyTorch's dispatcher, or is wrong.
+attention() and with_kvcache() return what the public functions do, gradients() those of q, k and v,
+or None; then nothing has happened, and the call is of another kind, needs a gradient or PyTorch's
+dispatcher, or is wrong.
 The native library tells whether it knows a call; what it cannot see is asked here.
 """
 
@@ -26,6 +27,7 @@ _empty_strided = {
     for device in ("cpu", "cuda")
     if (function := getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None))
 }
+_empty_cpu: Any = _empty_strided.get("cpu")
 
 # After these a call is made again on the way that says what is wrong.
 _REPEATED = (TypeError, OverflowError, RuntimeError, ValueError, MemoryError)
@@ -36,6 +38,8 @@ Guesses = dict[int, tuple[Callable[..., torch.Tensor], tuple[Any, ...], tuple[An
 DENSE: Guesses = {}
 VARLEN: Guesses = {}
 KVCACHE: Guesses = {}
+# By the elements of q and k, what dq, dk and dv on the CPU were like.
+_GRADIENTS: dict[tuple[int, int], tuple[tuple[Any, ...], ...]] = {}
 # So that a program that meets a new shape at every call does not grow.
 _MAX_GUESSES = 256
 
@@ -56,6 +60,16 @@ def remember(guesses: Guesses, q: torch.Tensor, out: torch.Tensor) -> None:
         (shape, out.stride(), out.dtype),
         (lse_shape, lse_strides, torch.float32),
     )
+
+
+def remember_gradients(gradients: list[torch.Tensor]) -> None:
+    """The same of dq, dk and dv, for gradients()."""
+    if _empty_cpu is None:
+        return
+    if len(_GRADIENTS) >= _MAX_GUESSES:
+        _GRADIENTS.clear()
+    key = gradients[0].numel(), gradients[1].numel()
+    _GRADIENTS[key] = tuple((tuple(x.shape), x.stride(), x.dtype) for x in gradients)
 
 
 def attention(
@@ -96,6 +110,42 @@ def attention(
     except _REPEATED:
         return None
     return (out, lse) if wants_lse else out
+
+
+def gradients(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    dropout_p: float,
+    seed: int,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """dq, dk and dv of a dense call on the CPU; the arguments are those of the call."""
+    if not q.is_cpu or type(dout) is not _Tensor or not _is_plain(q, k, v):
+        return None
+    guess = _GRADIENTS.get((q.numel(), k.numel()))
+    if guess is None:
+        return None
+    like_dq, like_dk, like_dv = guess
+    try:
+        left, right = window_size
+        dq, dk, dv = _empty_cpu(*like_dq), _empty_cpu(*like_dk), _empty_cpu(*like_dv)
+        if not run_backward(
+            dout, dq, dk, dv, None, None, deterministic, q, k, v, out, lse, None, None, None, None,
+            None, None, None, None, 0, 0, softmax_scale, causal, left, right, softcap, dropout_p,
+            seed,
+        ):  # fmt: skip
+            return None
+    except _REPEATED:
+        return None
+    return dq, dk, dv
 
 
 def with_kvcache(
@@ -154,5 +204,15 @@ def _make_and_run(*arguments: Any) -> bool:
     return run(*arguments)
 
 
-# The native function, see _direct_call.make().
+def _make_and_run_backward(*arguments: Any) -> bool:
+    """The same of run_backward()."""
+    global run_backward
+    from . import _direct_call
+
+    run_backward = _direct_call.make(backward=True)
+    return run_backward(*arguments)
+
+
+# The native functions, see _direct_call.make().
 run: Callable[..., bool] = _make_and_run
+run_backward: Callable[..., bool] = _make_and_run_backward

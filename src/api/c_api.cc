@@ -368,11 +368,14 @@ Status run(const fa_attention_args* c_args, const fa_attention_gradients* c_grad
   return {};
 }
 
-Status run_known(const fa_attention_args* c_args, int32_t* ran) {
+// run(), of a known call.
+Status run_known(const fa_attention_args* c_args, const fa_attention_gradients* c_gradients,
+                 int32_t* ran) {
   *ran = 0;
   FA_TRY(check_args(c_args));
   CallKey key;
-  const KnownCall* known = find_known(*c_args, nullptr, core::environment::call_settings(), key);
+  const KnownCall* known =
+      find_known(*c_args, c_gradients, core::environment::call_settings(), key);
   if (known == nullptr) return {};
   *ran = 1;
   return run_plan(*known->plan, known->args, *c_args);
@@ -646,7 +649,7 @@ fa_status fa_forward(const fa_attention_args* args) {
 }
 
 fa_status fa_forward_known(const fa_attention_args* args, int32_t* ran) {
-  return guarded([&] { return fa::api::run_known(args, ran); });
+  return guarded([&] { return fa::api::run_known(args, nullptr, ran); });
 }
 
 fa_status fa_forward_oracle(const fa_attention_args* args, const fa_tensor* out,
@@ -679,6 +682,15 @@ fa_status fa_backward(const fa_attention_args* args, const fa_attention_gradient
     FA_TRY(fa::api::check_args(args));
     FA_TRY(fa::api::check_gradients(gradients, "gradients"));
     return fa::api::run(args, gradients);
+  });
+}
+
+fa_status fa_backward_known(const fa_attention_args* args, const fa_attention_gradients* gradients,
+                            int32_t* ran) {
+  return guarded([&]() -> fa::core::Status {
+    *ran = 0;
+    FA_TRY(fa::api::check_gradients(gradients, "gradients"));
+    return fa::api::run_known(args, gradients, ran);
   });
 }
 

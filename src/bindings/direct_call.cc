@@ -47,11 +47,25 @@ using Flag = int32_t fa_attention_args::*;
 using Real = double fa_attention_args::*;
 struct Scale {};
 struct NoBackend {};
-using Field = std::variant<Tensor, Integer, Word, Flag, Real, Scale, NoBackend>;
+using Gradient = const fa_tensor* fa_attention_gradients::*;
+using GradientFlag = int32_t fa_attention_gradients::*;
+using Field =
+    std::variant<Tensor, Integer, Word, Flag, Real, Scale, NoBackend, Gradient, GradientFlag>;
 
 template <class Kind>
-constexpr bool kMayBeNone =
-    std::is_same_v<Kind, Tensor> || std::is_same_v<Kind, Scale> || std::is_same_v<Kind, NoBackend>;
+constexpr bool kMayBeNone = std::is_same_v<Kind, Tensor> || std::is_same_v<Kind, Scale> ||
+                            std::is_same_v<Kind, NoBackend> || std::is_same_v<Kind, Gradient>;
+
+// Those of backward()'s arguments that come before forward()'s, in their order.
+constexpr Field kGradientFields[] = {
+    &fa_attention_gradients::dout,
+    &fa_attention_gradients::dq,
+    &fa_attention_gradients::dk,
+    &fa_attention_gradients::dv,
+    &fa_attention_gradients::d_attn_bias,
+    &fa_attention_gradients::d_learnable_sink,
+    &fa_attention_gradients::deterministic,
+};
 
 // In the order of forward()'s arguments, then of those that forward_with_kvcache() has beside them.
 constexpr Field kFields[] = {
@@ -103,35 +117,45 @@ class Call {
 
   // False where one is none that a known call has. Needs the GIL.
   bool read(Object* const* objects, int64_t count) {
-    if (count > static_cast<int64_t>(std::size(kFields))) return false;
-    for (int64_t i = 0; i < count; ++i) {
-      const auto set = [&](auto field) {
-        if (objects[i] != py->none) return this->set(field, objects[i]);
-        return kMayBeNone<decltype(field)>;  // as fa_attention_args_init() has it
-      };
-      if (std::visit(set, kFields[i])) continue;
-      py->forget_raised();
-      return false;
-    }
-    return args_.q != nullptr && set_stream();
+    return read_fields(kFields, objects, count) && args_.q != nullptr && set_stream();
+  }
+  bool read_with_gradients(Object* const* objects, int64_t count) {
+    constexpr int64_t kGradients = std::size(kGradientFields);
+    fa_attention_gradients_init(&gradients_);
+    return count > kGradients && read_fields(kGradientFields, objects, kGradients) &&
+           read(objects + kGradients, count - kGradients);
   }
 
   // Whether the call has run. Without the GIL.
+  template <bool kBackward>
   bool run() {
     Workspace workspace(py->tensors->managed_tensor_allocator,
                         {static_cast<DLDeviceType>(args_.q->device_type), args_.q->device_id});
     args_.allocate_workspace = workspace.is_lent() ? Workspace::allocate : nullptr;
     args_.workspace_context = &workspace;
     int32_t ran = 0;
-    return fa_forward_known(&args_, &ran) == FA_OK && ran != 0;
+    const fa_status status =
+        kBackward ? fa_backward_known(&args_, &gradients_, &ran) : fa_forward_known(&args_, &ran);
+    return status == FA_OK && ran != 0;
   }
 
  private:
-  bool set(Tensor to, Object* from) {
-    DLTensor& tensor = tensors_[num_tensors_++];
-    args_.*to = as_fa_tensor(&tensor);
-    return py->tensors->dltensor_from_py_object_no_sync(from, &tensor) == 0;
+  template <size_t kCount>
+  bool read_fields(const Field (&fields)[kCount], Object* const* objects, int64_t count) {
+    if (count > static_cast<int64_t>(kCount)) return false;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto set = [&](auto field) {
+        if (objects[i] != py->none) return this->set(field, objects[i]);
+        return kMayBeNone<decltype(field)>;  // as fa_attention_args_init() has it
+      };
+      if (std::visit(set, fields[i])) continue;
+      py->forget_raised();
+      return false;
+    }
+    return true;
   }
+  bool set(Tensor to, Object* from) { return read_tensor(from, args_.*to); }
+  bool set(Gradient to, Object* from) { return read_tensor(from, gradients_.*to); }
   bool set(Integer to, Object* from) {
     if (!is_of(from, py->integer_type)) return false;
     args_.*to = py->to_integer(from);
@@ -142,10 +166,8 @@ class Call {
     args_.*to = static_cast<uint64_t>(py->to_integer(from));
     return py->raised() == nullptr;
   }
-  bool set(Flag to, Object* from) {
-    args_.*to = from == py->yes ? 1 : 0;
-    return from == py->yes || from == py->no;
-  }
+  bool set(Flag to, Object* from) { return read_flag(from, args_.*to); }
+  bool set(GradientFlag to, Object* from) { return read_flag(from, gradients_.*to); }
   bool set(Real to, Object* from) { return read_real(from, args_.*to); }
   bool set(Scale, Object* from) {
     args_.softmax_scale = &scale_;
@@ -153,6 +175,15 @@ class Call {
   }
   bool set(NoBackend, Object*) { return false; }
 
+  bool read_tensor(Object* from, const fa_tensor*& to) {
+    DLTensor& tensor = tensors_[num_tensors_++];
+    to = as_fa_tensor(&tensor);
+    return py->tensors->dltensor_from_py_object_no_sync(from, &tensor) == 0;
+  }
+  static bool read_flag(Object* from, int32_t& to) {
+    to = from == py->yes ? 1 : 0;
+    return from == py->yes || from == py->no;
+  }
   static bool read_real(Object* from, double& to) {
     if (!is_of(from, py->real_type) && !is_of(from, py->integer_type)) return false;
     to = py->to_real(from);
@@ -170,17 +201,19 @@ class Call {
   }
 
   fa_attention_args args_;
-  std::array<DLTensor, std::size(kFields)> tensors_;
+  fa_attention_gradients gradients_;  // of a backward
+  std::array<DLTensor, std::size(kFields) + std::size(kGradientFields)> tensors_;
   size_t num_tensors_ = 0;
   double scale_ = 0.0;
 };
 
+template <bool kBackward>
 Object* call_if_known(Object*, Object* const* objects, ptrdiff_t count) noexcept {
   Call call;
   bool ran = false;
-  if (call.read(objects, count)) {
+  if (kBackward ? call.read_with_gradients(objects, count) : call.read(objects, count)) {
     void* const state = py->release_gil();
-    ran = call.run();
+    ran = call.run<kBackward>();
     py->take_gil(state);
   }
   Object* result = ran ? py->yes : py->no;
@@ -190,13 +223,13 @@ Object* call_if_known(Object*, Object* const* objects, ptrdiff_t count) noexcept
 
 }  // namespace
 
-void* direct_call(const void* python) {
+void* direct_call(const void* python, bool backward) {
   const auto* given = static_cast<const PythonInterface*>(python);
   const DLPackExchangeAPI& tensors = *given->tensors;
   if (tensors.header.version.major != DLPACK_MAJOR_VERSION) return nullptr;
   if (tensors.dltensor_from_py_object_no_sync == nullptr) return nullptr;  // it need not be there
   py = given;
-  return reinterpret_cast<void*>(&call_if_known);
+  return reinterpret_cast<void*>(backward ? &call_if_known<true> : &call_if_known<false>);
 }
 
 }  // namespace fa::bindings

@@ -253,7 +253,9 @@ void name_nvrtc_folder(const ffi::String& folder) { check(fa_add_nvrtc_folder(fo
 
 ffi::String library_version() { return fa_version(); }
 
-void* function_for_direct_calls(void* python) { return fa::bindings::direct_call(python); }
+void* function_for_direct_calls(void* python, bool backward) {
+  return fa::bindings::direct_call(python, backward);
+}
 
 // AttentionCall of a body, whose parameters after the first are Extra.
 template <auto kBody, class Result, class First, class... Extra>

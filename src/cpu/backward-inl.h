@@ -79,8 +79,9 @@ class BackwardTaskRun {
       const int64_t last = last_panel(tile);
       for (int64_t p = 0; p <= last; ++p) {
         const BackwardPanel panel = this->panel(p, chunk);
-        accumulate(panel, tile, {first_key(panel, keys) >= tile.first_key,
-                                 std::min(panel.keys.end, keys.end) <= tile.keys.end, p == last});
+        accumulate(panel, tile,
+                   {first_key(panel, keys) >= tile.first_key,
+                    std::min(panel.keys.end, keys.end) <= tile.keys.end, p == last});
       }
       products_.finish_tile();
       products_.store(tile);
@@ -164,8 +165,7 @@ class BackwardTaskRun {
   HWY_INLINE int64_t last_panel(const KeyTile& tile) const {
     int64_t p = num_panels_ - 1;
     const auto sees = [&](const QueryPanel& panel) {
-      return std::max(panel.keys.begin, tile.keys.begin) <
-             std::min(panel.keys.end, tile.keys.end);
+      return std::max(panel.keys.begin, tile.keys.begin) < std::min(panel.keys.end, tile.keys.end);
     };
     while (p >= 0 && !sees(run_.panel(p))) --p;
     return p;

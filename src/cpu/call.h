@@ -189,7 +189,7 @@ struct BackwardCall : AttentionCall {
   // Where a task goes through all phases, it keeps the panels of its (batch, key head), of at most
   // this many lanes, in its scratch. Else 0.
   int64_t own_lanes;
-  float scale;      // softmax_scale: the factor of dQ and dK
+  float scale;       // softmax_scale: the factor of dQ and dK
   float keep_scale;  // 1 / (1 - dropout_p): that of dV
   bool owns_panels() const { return own_lanes > 0; }
 };

@@ -183,9 +183,9 @@ class FloatGradientProducts {
   float* const ds_;       // [tile_keys][kPanel]
   const bool writes_dq_;  // products write dQ, and dK and dV, where their sums end
   const bool writes_keys_;
-  int64_t num_rows_ = 0;             // of the tile
+  int64_t num_rows_ = 0;            // of the tile
   semantics::Range written_{0, 0};  // of those, by products
-  bool started_ = false;  // dk_ and dv_ hold something
+  bool started_ = false;            // dk_ and dv_ hold something
 };
 
 }  // namespace HWY_NAMESPACE

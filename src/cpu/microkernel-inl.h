@@ -135,8 +135,8 @@ HWY_INLINE void for_each_strip(int64_t num_vectors, Body&& body) {
 template <class TileShapes, int kWidth>
 HWY_NOINLINE void score_tile(const float* HWY_RESTRICT q, const float* HWY_RESTRICT k,
                              int64_t k_row, int64_t depth, float* HWY_RESTRICT scores) {
-  multiply_tile<TileShapes::Scores::kRows, kWidth, false>(k, k_row, 1, q, kStripLanes<TileShapes>,
-                                                          depth, nullptr, 0, {scores, kPanel, 1.0f});
+  multiply_tile<TileShapes::Scores::kRows, kWidth, false>(
+      k, k_row, 1, q, kStripLanes<TileShapes>, depth, nullptr, 0, {scores, kPanel, 1.0f});
 }
 
 // S^T[key][query] = sum_d K[key][d] Q^T[d][query], for whole register tiles of keys.
@@ -229,10 +229,9 @@ HWY_INLINE void key_product(const float* HWY_RESTRICT a, const float* HWY_RESTRI
       if (!kAccumulate || !queries.empty() || to.rows != c) {
         const int64_t first = queries.empty() ? 0 : queries.begin;
         const int64_t n = queries.empty() ? 0 : queries.end - queries.begin;
-        multiply_tile<count(), width(), kAccumulate>(a + key * kPanel + first, kPanel, 1,
-                                                     b + first * row + w * kLanes, row, n,
-                                                     c + key * row + w * kLanes, row,
-                                                     to.from(key, w));
+        multiply_tile<count(), width(), kAccumulate>(
+            a + key * kPanel + first, kPanel, 1, b + first * row + w * kLanes, row, n,
+            c + key * row + w * kLanes, row, to.from(key, w));
       }
       key += count();
     };

@@ -100,7 +100,8 @@ class PairGradientProducts {
     const ScoreTile ds = tile.in(ds_);
     pack_pairs(panel, ds);
     clear_pairs_around(panel, ds);
-    call_.pairs->multiply(pair_key_sum(call_, panel, ds, k_transposed_, k_row_, !turn.starts_queries, panel.dq));
+    call_.pairs->multiply(
+        pair_key_sum(call_, panel, ds, k_transposed_, k_row_, !turn.starts_queries, panel.dq));
   }
 
   // Whether `differentiate` serves a panel.

@@ -125,6 +125,70 @@ def test_gradients_of_a_repeated_call_are_those_of_its_own_tensors(made, options
         assert all(same_bits(x, y) for x, y in zip(results, expected))
 
 
+@pytest.fixture
+def backward_answers(monkeypatch) -> list[bool]:
+    """What the native function for known backward calls has answered so far."""
+    answers = []
+
+    def run_backward(*arguments: Any) -> bool:
+        answers.append(native(*arguments))
+        return answers[-1]
+
+    native = _direct_call.make(backward=True)
+    monkeypatch.setattr(_known, "run_backward", run_backward)
+    return answers
+
+
+def gradients_of(leaves: list[torch.Tensor], dout: torch.Tensor, **options: Any) -> list[Any]:
+    torch.manual_seed(3)  # of dropout
+    with torch.enable_grad():
+        out = flash_attn_func(*leaves, **options)
+    return list(torch.autograd.grad(out, leaves, dout))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"window_size": (5, 3)}, {"dropout_p": 0.2}, {"deterministic": True}],
+    ids=str,
+)
+def test_a_repeated_backward_is_known_and_the_same(options, backward_answers):
+    leaves = [x.requires_grad_() for x in tensors(2, 33, 47, num_heads_kv=2, head_dim=40)]
+    dout = torch.randn(2, 33, 4, 40)
+    expected = in_a_thread(lambda: gradients_of(leaves, dout, **options))
+    backward_answers.clear()
+    first, again = (gradients_of(leaves, dout, **options) for _ in range(2))
+    assert backward_answers[-1] is True
+    assert all(map(same_bits, first, expected)) and all(map(same_bits, again, expected))
+    other = [x.detach().flip(1).requires_grad_() for x in leaves]
+    assert not same_bits(gradients_of(other, dout, **options)[1], expected[1])
+
+
+def test_gradients_that_the_known_way_does_not_serve(backward_answers):
+    leaves = [x.requires_grad_() for x in tensors(2, 33, 47, head_dim=32)]
+    dout = torch.randn(2, 33, 4, 32)
+    expected = gradients_of(leaves, dout)
+    negated = torch.view_as_complex(torch.stack([dout, -dout], -1)).conj().imag
+    assert negated.is_neg() and torch.equal(negated, dout)
+    for same in (negated, dout.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert all(map(same_bits, gradients_of(leaves, same), expected))
+    spread = dout[:, :, :1, :1].expand_as(dout)  # of sum(), say
+    ours = gradients_of(leaves, spread)
+    assert all(map(same_bits, ours, gradients_of(leaves, spread.contiguous())))
+    backward_answers.clear()
+    with torch.enable_grad():
+        out = flash_attn_func(*leaves)
+        dq, *_ = torch.autograd.grad(out, leaves, dout, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second-order"):
+            dq.sum().backward()
+    assert backward_answers == []
+
+
+def test_gradients_of_other_shapes_with_as_many_elements(backward_answers):
+    for shape in ((2, 32, 4, 32), (1, 32, 8, 32), (2, 16, 8, 32), (2, 32, 4, 32)):
+        leaves = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+        assert [x.shape for x in gradients_of(leaves, torch.randn(shape))] == [shape] * 3
+
+
 def test_lengths_beside_dense_tensors_are_refused_as_ever(made):
     lengths = torch.tensor([0, 47], dtype=torch.int32)
     leaves = [x.clone().requires_grad_() for x in made]
@@ -221,6 +285,44 @@ WRONG = {
     "seed": [None, 0.0, -(2**63) - 1],
     "backend": ["cpu:avx2", ""],
 }
+
+
+def native_backward(options: dict[str, Any]) -> tuple[Any, ...]:
+    """The native function's arguments for the backward of a call with `options`."""
+    call = native_call(options | {"return_attn_probs": False}, 3)
+    _native.forward(*call)
+    of_qkv = [torch.full_like(x, torch.nan) for x in call[:3]]
+    dout = torch.randn(call[3].shape, generator=torch.Generator().manual_seed(7))
+    bias, sink = call[11:13]
+    of_bias = None if bias is None or bias.dtype == torch.bool else torch.zeros_like(bias)
+    of_sink = None if sink is None else torch.zeros_like(sink)
+    return dout, *of_qkv, of_bias, of_sink, False, *call
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+def test_every_argument_of_the_backward_reaches_the_library(options):
+    def results() -> tuple[list[Any], ...]:
+        first, again = (native_backward(options) for _ in range(2))
+        answers = [_known.run_backward(*first)]
+        _native.backward(*first)
+        answers.append(_known.run_backward(*again))
+        return answers, *([x for x in call[1:6] if x is not None] for call in (first, again))
+
+    answers, first, again = in_a_thread(results)
+    assert answers == [False, True]
+    assert all(map(same_bits, first, again)) and all(x.isfinite().all() for x in first)
+
+
+def test_a_wrong_argument_of_the_backward_is_not_known_and_raises_nothing():
+    call = native_backward({})
+    _native.backward(*call)
+    wrong = {0: [1, None, "dout", np.zeros(3)], 2: [None, torch.zeros(1)], 6: [None, 1, "yes"]}
+    for at, values in wrong.items():
+        for value in values:
+            assert _known.run_backward(*call[:at], value, *call[at + 1 :]) is False, (at, value)
+            ctypes.pythonapi.PyErr_Occurred()  # raises what has been left behind
+    assert [_known.run_backward(*call[:n]) for n in range(10)] == [False] * 10
+    assert _known.run_backward(*call) is True
 
 
 @pytest.mark.parametrize("name", WRONG)
