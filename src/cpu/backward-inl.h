@@ -63,15 +63,10 @@ class BackwardTaskRun {
 
   // dK and dV of a chunk of keys, and its share of dQ.
   HWY_INLINE void differentiate(int64_t chunk) {
-    const int64_t seqlen_k = run_.sequence().seqlen_k;
-    const int64_t num_tiles = ceil_div(seqlen_k, call_.tile_keys);
-    const semantics::Range keys{
-        chunk * num_tiles / call_.num_chunks * call_.tile_keys,
-        std::min((chunk + 1) * num_tiles / call_.num_chunks * call_.tile_keys, seqlen_k)};
-    for (int64_t p = 0; p < num_panels_; ++p) {
-      const BackwardPanel panel = this->panel(p, chunk);
-      if (first_key(panel, keys) < std::min(panel.keys.end, keys.end)) continue;
-      std::fill_n(panel.dq, kPanel * k_row_, 0.0f);
+    const semantics::Range keys = keys_of_chunk(chunk);
+    for (int64_t p = 0; p < num_panels_ && chunk == 0; ++p) {
+      const BackwardPanel panel = this->panel(p);
+      if (!sees(panel, keys)) std::fill_n(panel.dq, kPanel * k_row_, 0.0f);
     }
     run_.for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
       products_.load_tile(tile);
@@ -80,21 +75,24 @@ class BackwardTaskRun {
       for (int64_t p = 0; p <= last; ++p) {
         const BackwardPanel panel = this->panel(p, chunk);
         accumulate(panel, tile,
-                   {first_key(panel, keys) >= tile.first_key,
-                    std::min(panel.keys.end, keys.end) <= tile.keys.end, p == last});
+                   {std::max(panel.keys.begin, keys.begin) >= tile.first_key,
+                    std::min(panel.keys.end, keys.end) <= tile.keys.end,
+                    panel.keys.end <= tile.keys.end, p == last});
       }
       products_.finish_tile();
       products_.store(tile);
     });
-    if (!call_.owns_panels() || chunk == 0) return;
-    for (int64_t p = 0; p < num_panels_; ++p) add_share(panel(p), panel(p, chunk).dq);
+    if (Products::kAddsShares || !call_.owns_panels()) return;
+    for (int64_t p = 0; p < num_panels_ && chunk > 0; ++p) {
+      if (sees(run_.panel(p), keys)) add_share(panel(p), panel(p, chunk).dq);
+    }
   }
 
   // dq = scale * the chunks' shares, in their order.
   HWY_INLINE void finish(int64_t index) const {
     const BackwardPanel panel = this->panel(index);
     for (int64_t chunk = 1; chunk < call_.num_chunks && !call_.owns_panels(); ++chunk) {
-      add_share(panel, this->panel(index, chunk).dq);
+      if (sees(panel, keys_of_chunk(chunk))) add_share(panel, this->panel(index, chunk).dq);
     }
     products_.store_queries(panel);
   }
@@ -136,13 +134,16 @@ class BackwardTaskRun {
     const int64_t slots =
         own ? OwnPanels{call_.own_lanes, call_.num_chunks}.dq_slots() : call_.num_chunks;
     const int64_t slot = own ? std::min<int64_t>(chunk, 1) : chunk;
+    float* const dq = buffers_.dq + number * slots * kPanel * k_row_;
+    float* const chunk_dq = dq + slot * kPanel * k_row_;
     return {run_.panel(index),
             number,
             buffers_.q + number * kPanel * Products::packed_size(problem_.head_dim),
             buffers_.dout + number * kPanel * Products::packed_size(problem_.head_dim_v),
             call_.lse + (first_panel_ + index) * kPanel,
             call_.delta + (first_panel_ + index) * kPanel,
-            buffers_.dq + (number * slots + slot) * kPanel * k_row_};
+            chunk_dq,
+            own ? dq : chunk_dq};
   }
 
   const SequenceRun& run() const { return run_; }
@@ -161,19 +162,22 @@ class BackwardTaskRun {
     }
   }
 
+  HWY_INLINE semantics::Range keys_of_chunk(int64_t chunk) const {
+    const int64_t seqlen_k = run_.sequence().seqlen_k;
+    const int64_t num_tiles = ceil_div(seqlen_k, call_.tile_keys);
+    return {chunk * num_tiles / call_.num_chunks * call_.tile_keys,
+            std::min((chunk + 1) * num_tiles / call_.num_chunks * call_.tile_keys, seqlen_k)};
+  }
+
+  static bool sees(const QueryPanel& panel, semantics::Range keys) {
+    return std::max(panel.keys.begin, keys.begin) < std::min(panel.keys.end, keys.end);
+  }
+
   // The last panel that sees any of the tile; -1 where none does.
   HWY_INLINE int64_t last_panel(const KeyTile& tile) const {
     int64_t p = num_panels_ - 1;
-    const auto sees = [&](const QueryPanel& panel) {
-      return std::max(panel.keys.begin, tile.keys.begin) < std::min(panel.keys.end, tile.keys.end);
-    };
-    while (p >= 0 && !sees(run_.panel(p))) --p;
+    while (p >= 0 && !sees(run_.panel(p), tile.keys)) --p;
     return p;
-  }
-
-  // The first of `keys` that the panel sees, where it sees one.
-  static int64_t first_key(const BackwardPanel& panel, semantics::Range keys) {
-    return std::max(panel.keys.begin, keys.begin);
   }
 
   // p = exp2(s - lse), ds = p (dp - delta). drop(p, dp) masks dp and returns the masked p.
@@ -205,7 +209,7 @@ class BackwardTaskRun {
     if (tile.begin >= tile.end) return;
     if constexpr (Products::kPairs) {
       if (products_.takes_chunks(panel)) {
-        return products_.differentiate(panel, tile, turn.starts_queries);
+        return products_.differentiate(panel, tile, turn.starts_chunk);
       }
     }
     compute_gradients(panel, tile, !Products::kPairs && derivatives_ == nullptr);

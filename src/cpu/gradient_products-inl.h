@@ -20,19 +20,22 @@ struct BackwardPanel : QueryPanel {
   float* dout;
   float* lse;
   float* delta;
-  float* dq;  // of one chunk of keys
+  float* dq;      // of one chunk of keys
+  float* dq_sum;  // of the chunks before, where that is to be added; else dq
 };
 
 // Which of the sums that a panel and a tile add to start or end with them.
 struct Turn {
-  bool starts_queries;  // dQ of the panel, within a chunk of keys
-  bool ends_queries;
-  bool ends_keys;  // dK and dV of the tile
+  bool starts_chunk;  // dQ of the panel, within a chunk of keys
+  bool ends_chunk;
+  bool ends_queries;  // dQ of the panel
+  bool ends_keys;     // dK and dV of the tile
 };
 
 class FloatGradientProducts {
  public:
   static constexpr bool kPairs = false;
+  static constexpr bool kAddsShares = true;  // those of chunks of keys to dQ
   // Of packed Q or dO, in floats per query.
   static int64_t packed_size(int64_t head_dim) { return head_dim; }
 
@@ -50,7 +53,7 @@ class FloatGradientProducts {
         dv_(scratch + layout.dv),
         p_(scratch + layout.probabilities),
         ds_(scratch + layout.score_gradients),
-        writes_dq_(call.num_chunks == 1 && may_write(call.args.dq)),
+        writes_dq_((call.num_chunks == 1 || call.owns_panels()) && may_write(call.args.dq)),
         writes_keys_(may_write(call.args.dk) && may_write(call.args.dv)) {}
 
   // Rows of Q and dO; Q^T, times scale * log2(e), and dO^T.
@@ -90,13 +93,12 @@ class FloatGradientProducts {
 
   // dV += P^T dO, dK += dS^T Q, dQ += dS K. Sums that end go where they belong.
   HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, Turn turn) {
-    Target dk{dk_, k_row_, 1.0f}, dv{dv_, v_row_, 1.0f}, dq{panel.dq, dq_row(), 1.0f};
+    Target dk{dk_, k_row_}, dv{dv_, v_row_};
     if (turn.ends_keys && writes_keys_) {
       dk = run_.key_target(call_.args.dk, tile.first_key, call_.scale);
       dv = run_.key_target(call_.args.dv, tile.first_key, call_.keep_scale);
       written_ = {tile.begin, tile.end};
     }
-    if (turn.ends_queries && writes_dq_) dq = run_.query_target(call_.args.dq, panel, call_.scale);
     if (started_) {
       accumulate_keys<true>(panel, tile, dk, dv);
     } else {
@@ -105,9 +107,7 @@ class FloatGradientProducts {
       clear_rows(tile.end, num_rows_);
       started_ = true;
     }
-    const int64_t k_vectors = ceil_div(call_.problem.head_dim, kLanes);
-    value_product<Shapes>(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile),
-                          !turn.starts_queries, panel.dq, dq_row(), dq);
+    accumulate_queries(panel, tile, turn);
   }
 
   HWY_INLINE void finish_tile() const {
@@ -141,6 +141,23 @@ class FloatGradientProducts {
            gradient.shape[gradient.ndim - 1] % kLanes == 0;
   }
   int64_t dq_row() const { return round_up(call_.problem.head_dim, kMaxLanes); }
+
+  HWY_INLINE void accumulate_queries(const BackwardPanel& panel, const ScoreTile& tile,
+                                     Turn turn) const {
+    Target rest{panel.dq, dq_row()};
+    if (turn.ends_chunk && panel.dq_sum != panel.dq) {
+      rest = {panel.dq_sum, dq_row(), 1.0f, panel.dq_sum, dq_row()};
+    }
+    Target dq = rest;
+    if (turn.ends_queries && writes_dq_) {
+      dq = run_.query_target(call_.args.dq, panel, call_.scale);
+      dq.plus = rest.plus;
+      dq.plus_row = rest.plus_row;
+    }
+    const int64_t k_vectors = ceil_div(call_.problem.head_dim, kLanes);
+    value_product<Shapes>(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile),
+                          !turn.starts_chunk, panel.dq, dq_row(), dq, rest);
+  }
 
   // dV and dK; the first panel of a tile writes them.
   template <bool kAccumulate>

@@ -55,14 +55,18 @@ template <class TileShapes>
 inline constexpr int64_t kStripLanes = TileShapes::Scores::kVectors* kLanes;
 static_assert(kPanel <= kMaxPanel && kTileKeys % semantics::kKeysPerDraw == 0);
 
-// Where the rows of a product go, times factor.
+// Where the rows of a product go: times factor, once those of `plus`, unless null, are added.
 struct Target {
   float* rows;
   int64_t row;
-  float factor;
+  float factor = 1.0f;
+  const float* plus = nullptr;
+  int64_t plus_row = 0;
 
   HWY_INLINE Target from(int64_t first_row, int64_t first_vector) const {
-    return {rows + first_row * row + first_vector * kLanes, row, factor};
+    const int64_t first = first_vector * kLanes;
+    const float* more = plus == nullptr ? nullptr : plus + first_row * plus_row + first;
+    return {rows + first_row * row + first, row, factor, more, plus_row};
   }
 };
 
@@ -92,6 +96,16 @@ HWY_INLINE void multiply_tile(const float* HWY_RESTRICT a, int64_t a_row, int64_
     }
     a += a_step;
     b += b_step;
+  }
+  if (to.plus != nullptr) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+      for (int w = 0; w < kWide; ++w) {
+        const float* plus = to.plus + r * to.plus_row + w * kLanes;
+        sum[r][w] = hn::Add(hn::Load(kFloats, plus), sum[r][w]);
+      }
+    }
   }
   if (to.factor != 1.0f) {
     const Float factor = hn::Set(kFloats, to.factor);
@@ -135,8 +149,8 @@ HWY_INLINE void for_each_strip(int64_t num_vectors, Body&& body) {
 template <class TileShapes, int kWidth>
 HWY_NOINLINE void score_tile(const float* HWY_RESTRICT q, const float* HWY_RESTRICT k,
                              int64_t k_row, int64_t depth, float* HWY_RESTRICT scores) {
-  multiply_tile<TileShapes::Scores::kRows, kWidth, false>(
-      k, k_row, 1, q, kStripLanes<TileShapes>, depth, nullptr, 0, {scores, kPanel, 1.0f});
+  multiply_tile<TileShapes::Scores::kRows, kWidth, false>(k, k_row, 1, q, kStripLanes<TileShapes>,
+                                                          depth, nullptr, 0, {scores, kPanel});
 }
 
 // S^T[key][query] = sum_d K[key][d] Q^T[d][query], for whole register tiles of keys.
@@ -185,31 +199,29 @@ HWY_INLINE void value_tile(const float* HWY_RESTRICT p, const float* HWY_RESTRIC
 }
 
 // The same for a panel; = where o holds nothing yet. Whole register tiles of queries go to `to`,
-// which may be o; the last ones stay in o.
+// the last ones to `rest`; both may be o.
 // p: [keys][kPanel], v: [keys][v_row], o: [queries][o_row]. keys_of as above; the rest of P is 0.
 template <class TileShapes, class KeysOf>
 HWY_INLINE void value_product(const float* HWY_RESTRICT p, int64_t num_queries,
                               const float* HWY_RESTRICT v, int64_t v_row, int64_t value_vectors,
-                              KeysOf&& keys_of, bool accumulate, float* o, int64_t o_row,
-                              const Target& to) {
+                              KeysOf&& keys_of, bool accumulate, const float* o, int64_t o_row,
+                              const Target& to, const Target& rest) {
   constexpr int kRows = TileShapes::Values::kRows;
   constexpr int kRest = kPanel % kRows;  // queries of a panel's last register tile
   for_each_strip<TileShapes::Values::kVectors>(value_vectors, [&](int64_t w, auto width) HWY_ATTR {
     const float* strip_v = v + w * kLanes;
-    const Target strip_o{o + w * kLanes, o_row, 1.0f};
+    const float* strip_o = o + w * kLanes;
     const int64_t end = std::min<int64_t>(num_queries, kPanel - kRest);
     for (int64_t query = 0; query < end; query += kRows) {
-      const Target own = strip_o.from(query, 0);
       value_tile<kRows, width()>(p + query, strip_v, v_row, keys_of(query, query + kRows),
-                                 accumulate, own.rows, o_row,
-                                 query + kRows <= num_queries ? to.from(query, w) : own);
+                                 accumulate, strip_o + query * o_row, o_row,
+                                 (query + kRows <= num_queries ? to : rest).from(query, w));
     }
     if constexpr (kRest > 0) {
       constexpr int64_t kFirst = kPanel - kRest;
       if (num_queries <= kFirst) return;
-      const Target own = strip_o.from(kFirst, 0);
       value_tile<kRest, width()>(p + kFirst, strip_v, v_row, keys_of(kFirst, kPanel), accumulate,
-                                 own.rows, o_row, own);
+                                 strip_o + kFirst * o_row, o_row, rest.from(kFirst, w));
     }
   });
 }

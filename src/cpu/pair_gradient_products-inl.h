@@ -21,6 +21,7 @@ namespace HWY_NAMESPACE {
 class PairGradientProducts {
  public:
   static constexpr bool kPairs = true;
+  static constexpr bool kAddsShares = false;
   static int64_t packed_size(int64_t head_dim) { return round_up(head_dim, kPairDepth) / 2; }
 
   PairGradientProducts(const BackwardCall& call, const SequenceRun& run,
@@ -101,7 +102,7 @@ class PairGradientProducts {
     pack_pairs(panel, ds);
     clear_pairs_around(panel, ds);
     call_.pairs->multiply(
-        pair_key_sum(call_, panel, ds, k_transposed_, k_row_, !turn.starts_queries, panel.dq));
+        pair_key_sum(call_, panel, ds, k_transposed_, k_row_, !turn.starts_chunk, panel.dq));
   }
 
   // Whether `differentiate` serves a panel.
