@@ -93,20 +93,16 @@ class FloatGradientProducts {
 
   // dV += P^T dO, dK += dS^T Q, dQ += dS K. Sums that end go where they belong.
   HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, Turn turn) {
-    Target dk{dk_, k_row_}, dv{dv_, v_row_};
+    if (!started_) clear_rows(0, tile.begin);
     if (turn.ends_keys && writes_keys_) {
-      dk = run_.key_target(call_.args.dk, tile.first_key, call_.scale);
-      dv = run_.key_target(call_.args.dv, tile.first_key, call_.keep_scale);
       written_ = {tile.begin, tile.end};
-    }
-    if (started_) {
-      accumulate_keys<true>(panel, tile, dk, dv);
+      accumulate_keys(panel, tile, run_.key_target(call_.args.dk, tile.first_key, call_.scale),
+                      run_.key_target(call_.args.dv, tile.first_key, call_.keep_scale));
     } else {
-      clear_rows(0, tile.begin);
-      accumulate_keys<false>(panel, tile, dk, dv);
-      clear_rows(tile.end, num_rows_);
-      started_ = true;
+      accumulate_keys(panel, tile, KeptRows{dk_, k_row_}, KeptRows{dv_, v_row_});
     }
+    if (!started_) clear_rows(tile.end, num_rows_);
+    started_ = true;
     accumulate_queries(panel, tile, turn);
   }
 
@@ -144,32 +140,46 @@ class FloatGradientProducts {
 
   HWY_INLINE void accumulate_queries(const BackwardPanel& panel, const ScoreTile& tile,
                                      Turn turn) const {
-    Target rest{panel.dq, dq_row()};
-    if (turn.ends_chunk && panel.dq_sum != panel.dq) {
-      rest = {panel.dq_sum, dq_row(), 1.0f, panel.dq_sum, dq_row()};
-    }
-    Target dq = rest;
-    if (turn.ends_queries && writes_dq_) {
+    const KeptRows sums{panel.dq, dq_row()};
+    const auto accumulate = [&](const auto& dq, const auto& rest) HWY_ATTR {
+      const int64_t k_vectors = ceil_div(call_.problem.head_dim, kLanes);
+      value_product<Shapes>(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile),
+                            !turn.starts_chunk, sums, dq, rest);
+    };
+    const bool adds = turn.ends_chunk && panel.dq_sum != panel.dq;
+    const bool writes = turn.ends_queries && writes_dq_;
+    if (!adds && !writes) return accumulate(sums, sums);
+    const FinishedRows rest{adds ? panel.dq_sum : panel.dq, dq_row(), 1.0f,
+                            adds ? panel.dq_sum : nullptr, dq_row()};
+    FinishedRows dq = rest;
+    if (writes) {
       dq = run_.query_target(call_.args.dq, panel, call_.scale);
       dq.plus = rest.plus;
       dq.plus_row = rest.plus_row;
     }
-    const int64_t k_vectors = ceil_div(call_.problem.head_dim, kLanes);
-    value_product<Shapes>(ds_, panel.num_lanes, k_, k_row_, k_vectors, run_.keys_of(panel, tile),
-                          !turn.starts_chunk, panel.dq, dq_row(), dq, rest);
+    accumulate(dq, rest);
   }
 
-  // dV and dK; the first panel of a tile writes them.
-  template <bool kAccumulate>
-  HWY_INLINE void accumulate_keys(const BackwardPanel& panel, const ScoreTile& tile,
-                                  const Target& dk, const Target& dv) const {
+  // dV and dK; the first panel of a tile starts them.
+  template <class To>
+  HWY_INLINE void accumulate_keys(const BackwardPanel& panel, const ScoreTile& tile, const To& dk,
+                                  const To& dv) const {
+    if (started_) {
+      multiply_keys<true>(panel, tile, dk, dv);
+    } else {
+      multiply_keys<false>(panel, tile, dk, dv);
+    }
+  }
+  template <bool kAccumulate, class To>
+  HWY_INLINE void multiply_keys(const BackwardPanel& panel, const ScoreTile& tile, const To& dk,
+                                const To& dv) const {
     const auto queries_of = run_.queries_of(panel, tile);
     const int64_t k_vectors = ceil_div(call_.problem.head_dim, kLanes);
     const int64_t v_vectors = ceil_div(call_.problem.head_dim_v, kLanes);
     key_product<kAccumulate>(p_, dout_rows(panel), v_row_, v_vectors, tile.begin, tile.end,
-                             queries_of, dv_, dv);
+                             queries_of, {dv_, v_row_}, dv);
     key_product<kAccumulate>(ds_, q_rows(panel), k_row_, k_vectors, tile.begin, tile.end,
-                             queries_of, dk_, dk);
+                             queries_of, {dk_, k_row_}, dk);
   }
 
   // Rows of dK and dV that the first panel does not see.

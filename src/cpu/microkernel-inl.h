@@ -55,33 +55,58 @@ template <class TileShapes>
 inline constexpr int64_t kStripLanes = TileShapes::Scores::kVectors* kLanes;
 static_assert(kPanel <= kMaxPanel && kTileKeys % semantics::kKeysPerDraw == 0);
 
-// Where the rows of a product go: times factor, once those of `plus`, unless null, are added.
-struct Target {
+// Where sums are kept.
+struct KeptRows {
+  static constexpr bool kInPlace = true;
   float* rows;
   int64_t row;
-  float factor = 1.0f;
-  const float* plus = nullptr;
-  int64_t plus_row = 0;
 
-  HWY_INLINE Target from(int64_t first_row, int64_t first_vector) const {
+  HWY_INLINE KeptRows from(int64_t first_row, int64_t first_vector) const {
+    return {rows + first_row * row + first_vector * kLanes, row};
+  }
+  HWY_INLINE Float load(int r, int w) const {
+    return hn::Load(kFloats, rows + r * row + w * kLanes);
+  }
+  HWY_INLINE void store(Float sum, int r, int w) const {
+    hn::Store(sum, kFloats, rows + r * row + w * kLanes);
+  }
+};
+
+// Where sums that are complete go: times factor, once those of `plus`, unless null, are added.
+struct FinishedRows {
+  static constexpr bool kInPlace = false;
+  float* rows;
+  int64_t row;
+  float factor;
+  const float* plus;
+  int64_t plus_row;
+
+  HWY_INLINE FinishedRows from(int64_t first_row, int64_t first_vector) const {
     const int64_t first = first_vector * kLanes;
     const float* more = plus == nullptr ? nullptr : plus + first_row * plus_row + first;
     return {rows + first_row * row + first, row, factor, more, plus_row};
   }
+  HWY_INLINE void store(Float sum, int r, int w) const {
+    if (plus != nullptr) sum = hn::Add(hn::Load(kFloats, plus + r * plus_row + w * kLanes), sum);
+    hn::StoreU(hn::Mul(sum, hn::Set(kFloats, factor)), kFloats, rows + r * row + w * kLanes);
+  }
 };
 
 // Leaves C[kTileRows][kWide vectors] (+)= sum over n of a[r][n] * b[n][...] in `to`, where a is
-// broadcast and element (r, n) of a lies at a[r * a_row + n * a_step].
-template <int kTileRows, int kWide, bool kAccumulate>
+// broadcast and element (r, n) of a lies at a[r * a_row + n * a_step]. `to` is c where it is of the
+// same type.
+template <int kTileRows, int kWide, bool kAccumulate, class To>
 HWY_INLINE void multiply_tile(const float* HWY_RESTRICT a, int64_t a_row, int64_t a_step,
                               const float* HWY_RESTRICT b, int64_t b_step, int64_t n,
-                              const float* c, int64_t c_row, const Target& to) {
+                              const KeptRows& c, const To& to) {
+  KeptRows start = c;
+  if constexpr (To::kInPlace) start = to;
   Float sum[kTileRows][kWide];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
     for (int w = 0; w < kWide; ++w) {
-      sum[r][w] = kAccumulate ? hn::Load(kFloats, c + r * c_row + w * kLanes) : hn::Zero(kFloats);
+      sum[r][w] = kAccumulate ? start.load(r, w) : hn::Zero(kFloats);
     }
   }
   for (int64_t i = 0; i < n; ++i) {
@@ -97,30 +122,10 @@ HWY_INLINE void multiply_tile(const float* HWY_RESTRICT a, int64_t a_row, int64_
     a += a_step;
     b += b_step;
   }
-  if (to.plus != nullptr) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 4
-      for (int w = 0; w < kWide; ++w) {
-        const float* plus = to.plus + r * to.plus_row + w * kLanes;
-        sum[r][w] = hn::Add(hn::Load(kFloats, plus), sum[r][w]);
-      }
-    }
-  }
-  if (to.factor != 1.0f) {
-    const Float factor = hn::Set(kFloats, to.factor);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 4
-      for (int w = 0; w < kWide; ++w) sum[r][w] = hn::Mul(sum[r][w], factor);
-    }
-  }
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 4
-    for (int w = 0; w < kWide; ++w) {
-      hn::StoreU(sum[r][w], kFloats, to.rows + r * to.row + w * kLanes);
-    }
+    for (int w = 0; w < kWide; ++w) to.store(sum[r][w], r, w);
   }
 }
 
@@ -149,8 +154,9 @@ HWY_INLINE void for_each_strip(int64_t num_vectors, Body&& body) {
 template <class TileShapes, int kWidth>
 HWY_NOINLINE void score_tile(const float* HWY_RESTRICT q, const float* HWY_RESTRICT k,
                              int64_t k_row, int64_t depth, float* HWY_RESTRICT scores) {
+  const KeptRows to{scores, kPanel};
   multiply_tile<TileShapes::Scores::kRows, kWidth, false>(k, k_row, 1, q, kStripLanes<TileShapes>,
-                                                          depth, nullptr, 0, {scores, kPanel});
+                                                          depth, to, to);
 }
 
 // S^T[key][query] = sum_d K[key][d] Q^T[d][query], for whole register tiles of keys.
@@ -184,44 +190,43 @@ HWY_INLINE void score_product(const float* HWY_RESTRICT q, int64_t query_vectors
 }
 
 // O[query][dv] += sum over keys of P^T[key][query] V[key][dv], for one register tile of O.
-template <int kRows, int kWidth>
+template <int kRows, int kWidth, class To>
 HWY_INLINE void value_tile(const float* HWY_RESTRICT p, const float* HWY_RESTRICT v, int64_t v_row,
-                           semantics::Range keys, bool accumulate, const float* o, int64_t o_row,
-                           const Target& to) {
+                           semantics::Range keys, bool accumulate, const KeptRows& o,
+                           const To& to) {
   const int64_t n = keys.empty() ? 0 : keys.end - keys.begin;
   const float* first_p = p + keys.begin * kPanel;
   const float* first_v = v + keys.begin * v_row;
   if (!accumulate) {
-    multiply_tile<kRows, kWidth, false>(first_p, 1, kPanel, first_v, v_row, n, o, o_row, to);
-  } else if (n > 0 || to.rows != o) {
-    multiply_tile<kRows, kWidth, true>(first_p, 1, kPanel, first_v, v_row, n, o, o_row, to);
+    multiply_tile<kRows, kWidth, false>(first_p, 1, kPanel, first_v, v_row, n, o, to);
+  } else if (n > 0 || !To::kInPlace) {
+    multiply_tile<kRows, kWidth, true>(first_p, 1, kPanel, first_v, v_row, n, o, to);
   }
 }
 
 // The same for a panel; = where o holds nothing yet. Whole register tiles of queries go to `to`,
 // the last ones to `rest`; both may be o.
 // p: [keys][kPanel], v: [keys][v_row], o: [queries][o_row]. keys_of as above; the rest of P is 0.
-template <class TileShapes, class KeysOf>
+template <class TileShapes, class KeysOf, class To>
 HWY_INLINE void value_product(const float* HWY_RESTRICT p, int64_t num_queries,
                               const float* HWY_RESTRICT v, int64_t v_row, int64_t value_vectors,
-                              KeysOf&& keys_of, bool accumulate, const float* o, int64_t o_row,
-                              const Target& to, const Target& rest) {
+                              KeysOf&& keys_of, bool accumulate, const KeptRows& o, const To& to,
+                              const To& rest) {
   constexpr int kRows = TileShapes::Values::kRows;
   constexpr int kRest = kPanel % kRows;  // queries of a panel's last register tile
   for_each_strip<TileShapes::Values::kVectors>(value_vectors, [&](int64_t w, auto width) HWY_ATTR {
     const float* strip_v = v + w * kLanes;
-    const float* strip_o = o + w * kLanes;
     const int64_t end = std::min<int64_t>(num_queries, kPanel - kRest);
     for (int64_t query = 0; query < end; query += kRows) {
       value_tile<kRows, width()>(p + query, strip_v, v_row, keys_of(query, query + kRows),
-                                 accumulate, strip_o + query * o_row, o_row,
+                                 accumulate, o.from(query, w),
                                  (query + kRows <= num_queries ? to : rest).from(query, w));
     }
     if constexpr (kRest > 0) {
       constexpr int64_t kFirst = kPanel - kRest;
       if (num_queries <= kFirst) return;
       value_tile<kRest, width()>(p + kFirst, strip_v, v_row, keys_of(kFirst, kPanel), accumulate,
-                                 strip_o + kFirst * o_row, o_row, rest.from(kFirst, w));
+                                 o.from(kFirst, w), rest.from(kFirst, w));
     }
   });
 }
@@ -230,20 +235,20 @@ HWY_INLINE void value_product(const float* HWY_RESTRICT p, int64_t num_queries,
 // kAccumulate is false. The result goes to `to`, which may be c.
 // a: [keys][kPanel], b: [queries][row], c: [keys][row]. queries_of(first, last) gives the queries
 // that see any key of [first, last); the rest of A is 0.
-template <bool kAccumulate, class QueriesOf>
+template <bool kAccumulate, class QueriesOf, class To>
 HWY_INLINE void key_product(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, int64_t row,
                             int64_t vectors, int64_t begin, int64_t end, QueriesOf&& queries_of,
-                            const float* c, const Target& to) {
+                            const KeptRows& c, const To& to) {
   for_each_strip<kValueVectors>(vectors, [&](int64_t w, auto width) HWY_ATTR {
     int64_t key = begin;
     const auto rows = [&](auto count) HWY_ATTR {
       const semantics::Range queries = queries_of(key, key + count());
-      if (!kAccumulate || !queries.empty() || to.rows != c) {
+      if (!kAccumulate || !queries.empty() || !To::kInPlace) {
         const int64_t first = queries.empty() ? 0 : queries.begin;
         const int64_t n = queries.empty() ? 0 : queries.end - queries.begin;
-        multiply_tile<count(), width(), kAccumulate>(
-            a + key * kPanel + first, kPanel, 1, b + first * row + w * kLanes, row, n,
-            c + key * row + w * kLanes, row, to.from(key, w));
+        multiply_tile<count(), width(), kAccumulate>(a + key * kPanel + first, kPanel, 1,
+                                                     b + first * row + w * kLanes, row, n,
+                                                     c.from(key, w), to.from(key, w));
       }
       key += count();
     };

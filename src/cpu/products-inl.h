@@ -67,9 +67,9 @@ class FloatProductsOf {
   // O += P V.
   HWY_INLINE void values(const ForwardPanel& panel, const ScoreTile& tile) const {
     const int64_t vectors = ceil_div(call_.problem.head_dim_v, kLanes);
-    const Target o{panel.o, o_row_};
+    const KeptRows o{panel.o, o_row_};
     value_product<TileShapes>(tile.scores, panel.num_lanes, v_, v_row_, vectors,
-                              run_.keys_of(panel, tile), panel.started, panel.o, o_row_, o, o);
+                              run_.keys_of(panel, tile), panel.started, o, o, o);
   }
 
  private:

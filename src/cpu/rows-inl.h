@@ -95,14 +95,14 @@ class SequenceRows {
   }
 
   // Rows of an fp32 gradient of whole vectors, from `key` on or of a panel, for products to write.
-  HWY_INLINE Target key_target(const core::TensorView& to, int64_t key, float factor) const {
+  HWY_INLINE FinishedRows key_target(const core::TensorView& to, int64_t key, float factor) const {
     const core::Rows rows = core::key_rows(to, sequence_);
-    return {to.as<float>() + key_offset(to, rows, key), rows.row_stride, factor};
+    return {to.as<float>() + key_offset(to, rows, key), rows.row_stride, factor, nullptr, 0};
   }
-  HWY_INLINE Target query_target(const core::TensorView& to, const QueryPanel& panel,
-                                 float factor) const {
+  HWY_INLINE FinishedRows query_target(const core::TensorView& to, const QueryPanel& panel,
+                                       float factor) const {
     return {to.as<float>() + query_offset(to, panel.first_head, panel.first_query),
-            core::query_rows(to, sequence_).row_stride, factor};
+            core::query_rows(to, sequence_).row_stride, factor, nullptr, 0};
   }
 
   // Offset of a query's row of q, out and their like, in elements.
