@@ -348,7 +348,6 @@ std::string label(const Case& c) {
 }
 
 std::string describe(const Case& c) {
-  const Case usual;
   Describer d;
   if (c.varlen()) {
     d.lengths("lengths_q", c.lengths_q);

@@ -13,9 +13,10 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2");
 }
+// F16C too, which came before AVX2; not every compiler knows how to ask for it.
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+         __builtin_cpu_supports("bmi2");
 }
 bool has_sse4() { return __builtin_cpu_supports("sse4.2"); }
 #endif

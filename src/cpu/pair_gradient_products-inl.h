@@ -39,7 +39,6 @@ class PairGradientProducts {
         v_(halves(scratch + layout.v)),
         dk_(scratch + layout.dk),
         dv_(scratch + layout.dv),
-        p_(scratch + layout.probabilities),
         ds_(scratch + layout.score_gradients),
         gathered_p_(halves(scratch + layout.gathered_p)),
         gathered_ds_(halves(scratch + layout.gathered_ds)),
@@ -166,7 +165,7 @@ class PairGradientProducts {
   }
 
  private:
-  // The keys from row `first` of a tile on; S and dP lie in p_, in two buffers each.
+  // The keys from row `first` of a tile on; S and dP lie in the scores, in two buffers each.
   struct Chunk {
     ScoreTile scores;
     PairProduct products[2];  // S and dP
@@ -317,7 +316,6 @@ class PairGradientProducts {
   uint16_t* const v_;
   float* const dk_;
   float* const dv_;
-  float* const p_;
   float* const ds_;
   uint16_t* const gathered_p_;  // [tile_keys][kGatheredPanels * kPanel]
   uint16_t* const gathered_ds_;

@@ -115,7 +115,7 @@ class SequenceRun : public SequenceRows {
   // the keys around it, register tile by register tile. For panels of one head.
   HWY_INLINE auto vectors_of(const QueryPanel& panel, const ScoreTile& tile) const {
     const bool clips = crosses_band(panel, tile);
-    return [this, &panel, &tile, clips, queries = queries_of(panel, tile)](int64_t row) HWY_ATTR {
+    return [&panel, &tile, clips, queries = queries_of(panel, tile)](int64_t row) HWY_ATTR {
       if (!clips) return semantics::Range{0, panel.vectors()};
       const semantics::Range lanes = queries(std::max<int64_t>(row - kValueRows + 1, tile.begin),
                                              std::min<int64_t>(row + kValueRows, tile.end));
