@@ -617,6 +617,47 @@ TEST(C, a_broadcast_dout_is_taken) {
   EXPECT_EQ(t.dv.hash(), dv);
 }
 
+// A thread knows the calls that it has made, and of each kind those with other memory.
+TEST(C, known_calls_run_and_others_do_nothing) {
+  std::thread([] {
+    PreparedCase first(kCase, core::DataType::kFloat32), it(kCase, core::DataType::kFloat32);
+    CaseTensors& t = it.tensors();
+    const auto known_forward = [&] {
+      int32_t ran = -1;
+      EXPECT_EQ(fa_forward_known(&it.args(), &ran), FA_OK) << fa_last_error_message();
+      return ran;
+    };
+    const auto known_backward = [&] {
+      int32_t ran = -1;
+      EXPECT_EQ(fa_backward_known(&it.args(), &it.gradients(), &ran), FA_OK)
+          << fa_last_error_message();
+      return ran;
+    };
+    const auto hashes = [&] {
+      return std::array{t.out.hash(), t.dq.hash(), t.dk.hash(), t.dv.hash()};
+    };
+    const auto before = hashes();
+    EXPECT_EQ(known_forward(), 0);
+    EXPECT_EQ(known_backward(), 0);
+    EXPECT_EQ(hashes(), before);
+
+    run(first);
+    EXPECT_EQ(known_forward(), 1);
+    EXPECT_EQ(known_backward(), 0) << "a forward makes no backward known";
+    ASSERT_EQ(fa_backward(&first.args(), &first.gradients()), FA_OK) << fa_last_error_message();
+    EXPECT_EQ(known_backward(), 1);
+    const CaseTensors& expected = first.tensors();
+    EXPECT_EQ(hashes(), (std::array{expected.out.hash(), expected.dq.hash(), expected.dk.hash(),
+                                    expected.dv.hash()}));
+
+    it.args().causal = 1 - it.args().causal;
+    EXPECT_EQ(known_forward() + known_backward(), 0);
+    int32_t ran = -1;
+    EXPECT_EQ(fa_backward_known(&it.args(), nullptr, &ran), FA_INVALID_ARGUMENT);
+    EXPECT_EQ(ran, 0);
+  }).join();
+}
+
 TEST(C, workspace_grows_and_shrinks_between_calls) {
   const Case small{.name = "small", .seqlen_q = 3, .seqlen_k = 5, .head_dim = 8};
   const Case large{.name = "large", .batch = 1, .seqlen_q = 300, .seqlen_k = 300, .head_dim = 256};
