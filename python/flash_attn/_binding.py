@@ -399,9 +399,12 @@ def _softmax_d(
     starts = cu_seqlens_q.long()
     batch = starts.numel() - 1
     softmax_d = delta.new_zeros((heads, total + _SOFTMAX_D_MULTIPLE * batch))
-    sequence = torch.arange(batch, device=starts.device).repeat_interleave(starts.diff())
-    token = torch.arange(sequence.numel(), device=starts.device) + starts[0]
-    softmax_d[:, token + _SOFTMAX_D_MULTIPLE * sequence] = delta[token].T
+    # Without sizes that depend on lengths, which compilers would stop at.
+    token = torch.arange(total, device=starts.device)
+    sequence = torch.bucketize(token, starts, right=True) - 1
+    is_of_one = (sequence >= 0) & (sequence < batch)
+    place = token + _SOFTMAX_D_MULTIPLE * sequence.clamp(0, max(batch - 1, 0))
+    softmax_d[:, place] = delta.where(is_of_one[:, None], 0.0).T
     return softmax_d
 
 
