@@ -113,21 +113,15 @@ def _known_of(
 
 
 def _known_gradients(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    options: Options,
-    seed: int,
+    tensors: tuple[torch.Tensor, ...], options: Options, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """dq, dk and dv of a known call, where nothing else is asked for."""
+    """dq, dk and dv of a known call, where nothing else is asked for; `tensors` are dout, q, k, v,
+    out and softmax_lse."""
     dropout_p, scale, causal, window_size, softcap, slopes, deterministic, _, *layout = options
     if slopes is not None or layout[0] is not None or _is_grad_enabled():
         return None
     rest = scale, causal, window_size, softcap, dropout_p, seed, deterministic
-    return _known.gradients(dout, q, k, v, out, lse, *rest)
+    return _known.gradients(*tensors, *rest)
 
 
 def _remember(packing: Packing, q: torch.Tensor, out: torch.Tensor, options: Options) -> None:
@@ -342,7 +336,7 @@ class AttentionFunction(torch.autograd.Function):
             return (None,) * (4 + len(tensors))
         packing, options, seed = ctx.call
         is_plain = packing is SEPARATE and attn_bias is None and learnable_sink is None
-        if is_plain and (known := _known_gradients(dout, *tensors, out, lse, options, seed)):
+        if is_plain and (known := _known_gradients((dout, *tensors, out, lse), options, seed)):
             return None, None, None, None, *known
         # Compact, whatever the strides of what they belong to.
         gradients = [_empty_like(x, memory_format=_contiguous) for x in tensors]

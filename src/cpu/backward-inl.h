@@ -64,9 +64,11 @@ class BackwardTaskRun {
   // dK and dV of a chunk of keys, and its share of dQ.
   HWY_INLINE void differentiate(int64_t chunk) {
     const semantics::Range keys = keys_of_chunk(chunk);
-    for (int64_t p = 0; p < num_panels_ && chunk == 0; ++p) {
-      const BackwardPanel panel = this->panel(p);
-      if (!sees(panel, keys)) std::fill_n(panel.dq, kPanel * k_row_, 0.0f);
+    if (chunk == 0) {
+      for (int64_t p = 0; p < num_panels_; ++p) {
+        const BackwardPanel panel = this->panel(p);
+        if (!sees(panel, keys)) std::fill_n(panel.dq, kPanel * k_row_, 0.0f);
+      }
     }
     run_.for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
       products_.load_tile(tile);
@@ -82,8 +84,8 @@ class BackwardTaskRun {
       products_.finish_tile();
       products_.store(tile);
     });
-    if (Products::kAddsShares || !call_.owns_panels()) return;
-    for (int64_t p = 0; p < num_panels_ && chunk > 0; ++p) {
+    if (Products::kAddsShares || !call_.owns_panels() || chunk == 0) return;
+    for (int64_t p = 0; p < num_panels_; ++p) {
       if (sees(run_.panel(p), keys)) add_share(panel(p), panel(p, chunk).dq);
     }
   }
