@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 
+#include "core/arithmetic.h"
 #include "cuda/forward_plan.h"
 #include "cuda/heuristics.h"
 #include "cuda/tensor_map.h"
@@ -76,7 +77,7 @@ ForwardLaunch::ForwardLaunch(const AttentionProblem& problem, int device_index,
       uses_maps_(kernel.family == Family::kForward90),
       counts_tiles_(kernel.spec.varlen &&
                     varlen_blocks(problem, kernel.spec, tiles_m(problem, kernel.spec)) >
-                        device.properties.multiprocessors),
+                        kernel.spec.teams * device.properties.multiprocessors),
       kernel_(kernel),
       otherwise_(otherwise) {}
 
@@ -109,12 +110,12 @@ Status ForwardLaunch::run(const LoadedKernel& kernel, const TensorView& q,
   if (counts_tiles_ && workspace != nullptr) set_counter(workspace, blocks, launch_args.schedule);
   launch_args.schedule.num_blocks = static_cast<int>(std::min(blocks, kMaxBlocks));
   launch_args.splits.num_tiles = launch_args.schedule.num_blocks;
+  int64_t launched = num_launched(problem_, kernel.id, blocks, device_.properties);
   const bool one_each =
       blocks > kMaxBlocks || (spec.varlen && launch_args.schedule.counter == nullptr);
+  if (one_each) launched = std::max(launched, core::ceil_div(blocks, int64_t{spec.teams}));
   void* arguments[] = {&launch_args, &maps};
-  return kernel.launch(
-      one_each ? blocks : num_launched(problem_, kernel.id, blocks, device_.properties), arguments,
-      stream.handle);
+  return kernel.launch(launched, arguments, stream.handle);
 }
 
 std::string ForwardLaunch::describe() const {

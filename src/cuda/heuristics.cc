@@ -94,14 +94,15 @@ KernelSpec spec_80(Element element, HeadDims dims, Score score, bool dropout, Lo
 
 // Tiles of Hopper's kernel: as many keys as two stages of k and v leave room for, and as a
 // warpgroup's registers hold scores for. At head_dim 64 the exponentials bound it: four warpgroups
-// with fewer keys each hide one another's waits best. On an H100, bf16, 16384 tokens, over cuDNN at
-// 512 to 16384 tokens a sequence, in one run: 256x64 1.03 to 1.15; 192x128 0.99 to 1.18 without a
-// mask, but 0.84 to 1.16 with one.
+// with fewer keys each hide one another's waits best, as two teams. On an H100, bf16, 16384 tokens,
+// one team's 256x64 gave 368 and 238 TFLOP/s (causal) at 512 tokens a sequence, 446 and 428 at
+// 4096; two teams' 128x64 382 and 277, 441 and 426; and 2048 tokens of 8 heads took 44 and 30 us.
 struct Tile90 {
   HeadDims dims;
   int m, n;
+  int teams = 1;
 };
-constexpr Tile90 kTiles90[] = {{{64, 64}, 256, 64},
+constexpr Tile90 kTiles90[] = {{{64, 64}, 128, 64, 2},
                                {{128, 128}, 128, 128},
                                {{192, 128}, 128, 128},
                                {{192, 192}, 128, 112},
@@ -146,11 +147,13 @@ KernelSpec spec_90(Element element, const Tile90& of_dims, const Features90& fea
   spec.head_dim_v = tile.dims.v;
   spec.tile_m = tile.m;
   spec.tile_n = tile.n;
-  spec.num_warps = 4 * (tile.m / 64 + 1);  // a warpgroup per 64 rows, and the producer's
+  // A warpgroup per 64 rows of each team, and the producers'.
+  spec.num_warps = 4 * (tile.teams * tile.m / 64 + 1);
   spec.score = features.score;
   spec.dropout = features.dropout;
   spec.loader = features.loader;
   spec.varlen = features.varlen;
+  spec.teams = tile.teams;
   return spec;
 }
 
@@ -290,12 +293,14 @@ double time_of_whole_tiles(const AttentionProblem& problem, const KernelId& kern
   constexpr double kStartAndEnd = 2.0, kLaunch = 2.0;
   const KernelSpec& spec = kernel.spec;
   const double steps = static_cast<double>(num_steps(problem, spec));
-  const double turns = ratio_up(num_tiles(problem, spec), properties.multiprocessors);
+  const int64_t tiles = num_tiles(problem, spec);
+  const double turns = ratio_up(tiles, spec.teams * properties.multiprocessors);
   if (kernel.family == Family::kForward90) {
     // A warpgroup's share of a step, and 0.3 of it for each further one.
     const double key = spec.head_dim > 128 ? 0.0095 : 0.0066;
+    const double teams = std::min<double>(spec.teams, ratio_up(tiles, properties.multiprocessors));
     const double warpgroups =
-        ratio_up(std::min<int64_t>(problem.seqlen_q, spec.tile_m), kWarpgroupRows);
+        teams * ratio_up(std::min<int64_t>(problem.seqlen_q, spec.tile_m), kWarpgroupRows);
     return turns * (steps * spec.tile_n * key * (0.7 + 0.3 * warpgroups) + kStartAndEnd) + kLaunch;
   }
   // Two blocks on a multiprocessor hide some of each other's waits.
@@ -460,7 +465,7 @@ bool takes_pairs(const AttentionProblem& problem, const KernelId& kernel,
   // Tiles that run at once end with the longest: 256 queries of 16 heads over 16384 keys took 375
   // us in pairs, each of them alone 190.
   return kernel.family == Family::kForward90 && !kernel.spec.varlen && !problem.band.unbounded() &&
-         num_tiles(problem, kernel.spec) > properties.multiprocessors;
+         num_tiles(problem, kernel.spec) > kernel.spec.teams * properties.multiprocessors;
 }
 
 int64_t num_launched(const AttentionProblem&, const KernelId& kernel, int64_t num_blocks,

@@ -117,7 +117,8 @@ std::string to_string(const KernelId& id) {
                       spec.dropout ? " dropout" : "", kLoaderNames[static_cast<int>(spec.loader)],
                       spec.packs ? " packed" : "", spec.varlen ? " varlen" : "", ", tile ",
                       spec.tile_m, "x", spec.tile_n, ", ", spec.num_warps, " warps",
-                      spec.stages > 1 ? core::concat(", ", spec.stages, " stages") : "");
+                      spec.stages > 1 ? core::concat(", ", spec.stages, " stages") : "",
+                      spec.teams > 1 ? core::concat(", ", spec.teams, " teams") : "");
 }
 
 std::string expression(const KernelId& id) {
@@ -130,7 +131,7 @@ std::string expression(const KernelId& id) {
       static_cast<int>(spec.score), "), .dropout = ", spec.dropout ? "true" : "false",
       ", .loader = fa::cuda::Loader(", static_cast<int>(spec.loader),
       "), .packs = ", spec.packs ? "true" : "false", ", .stages = ", spec.stages,
-      ", .varlen = ", spec.varlen ? "true" : "false", "}>");
+      ", .varlen = ", spec.varlen ? "true" : "false", ", .teams = ", spec.teams, "}>");
 }
 
 int threads(const KernelId& id) { return id.spec.num_warps * 32; }

@@ -30,14 +30,15 @@ using cuda::Loader;
 using cuda::Score;
 
 constexpr cuda::KernelSpec spec(Element element, int head_dim, int tile_m, int tile_n,
-                                Loader loader, bool varlen, Score score = Score::kPlain,
-                                bool dropout = false) {
+                                Loader loader, bool varlen, int teams = 1,
+                                Score score = Score::kPlain, bool dropout = false) {
   cuda::KernelSpec it;
   it.element = element;
   it.head_dim = it.head_dim_v = head_dim;
   it.tile_m = tile_m;
   it.tile_n = tile_n;
-  it.num_warps = 4 * (tile_m / 64 + 1);
+  it.num_warps = 4 * (teams * tile_m / 64 + 1);
+  it.teams = teams;
   it.score = score;
   it.dropout = dropout;
   it.loader = loader;
@@ -59,9 +60,9 @@ void add_kernel() {
 }
 void add_kernels() {
   constexpr Element kBF = Element::kBFloat16;
-  add_kernel<spec(kBF, 64, 256, 64, Loader::kVector, false)>();
-  add_kernel<spec(kBF, 64, 256, 64, Loader::kVector, true)>();
-  add_kernel<spec(kBF, 64, 256, 64, Loader::kPagedVector, true)>();
+  add_kernel<spec(kBF, 64, 128, 64, Loader::kVector, false, 2)>();
+  add_kernel<spec(kBF, 64, 128, 64, Loader::kVector, true, 2)>();
+  add_kernel<spec(kBF, 64, 128, 64, Loader::kPagedVector, true, 2)>();
   add_kernel<spec(kBF, 128, 128, 128, Loader::kVector, false)>();
   add_kernel<spec(kBF, 128, 128, 128, Loader::kVector, true)>();
   add_kernel<spec(Element::kFloat16, 256, 128, 80, Loader::kVector, true)>();

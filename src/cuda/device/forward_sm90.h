@@ -63,10 +63,14 @@ class Consumer90 {
   }
 
  private:
+  static constexpr int kTeamThreads = F::kConsumers * F::kGroupThreads;
+
   // Two warpgroups take turns; each barrier says whose turn it is.
-  static constexpr bool kTakesTurns = F::kConsumers == 2 && kSpec.head_dim <= 128;
+  static constexpr bool kTakesTurns = F::kAllConsumers == 2 && kSpec.head_dim <= 128;
   __device__ static int turn(int consumer) { return 1 + consumer; }
-  __device__ static int own_barrier(int consumer) { return 1 + F::kConsumers + consumer; }
+  __device__ int own_barrier() const {
+    return 1 + F::kAllConsumers + threadIdx.x / F::kGroupThreads;
+  }
 
   __device__ int lane() const { return threadIdx.x % 32; }
   __device__ int warp_row() const {
@@ -228,7 +232,7 @@ class Consumer90 {
                       zeros);
     }
     shared_writes_fence();
-    named_sync(own_barrier(consumer_), F::kGroupThreads);
+    named_sync(own_barrier(), F::kGroupThreads);
   }
 
   __device__ void store(const Description& tile, OnlineSoftmax<1> softmax) const {
@@ -236,21 +240,22 @@ class Consumer90 {
     store_rows<kSpec>(o_, softmax, args_, tile, tile.tile_row + warp_row(), lane());
   }
 
-  // Rows behind the last varlen sequence, shared among all blocks.
+  // Rows behind the last varlen sequence, shared among all teams.
   __device__ void clear_past_the_end() const {
     const int count = args_.shape.num_heads * args_.schedule.num_tiles_m;
 #pragma unroll 1
-    for (int index = blockIdx.x; index < count; index += gridDim.x) {
+    for (int index = team_of_launch(threadIdx.x / kTeamThreads); index < count;
+         index += num_teams<kSpec>()) {
       const Work work{args_.shape.batch, index % args_.shape.num_heads,
                       index / args_.shape.num_heads};
-      clear_rows_past_the_end<kSpec.element>(args_, work, 1, threadIdx.x,
-                                             F::kConsumers * F::kGroupThreads);
+      clear_rows_past_the_end<kSpec.element>(args_, work, 1, threadIdx.x % kTeamThreads,
+                                             kTeamThreads);
     }
   }
 
   const ForwardArgs& args_;
   const Shared90<kSpec>& shared_;
-  const int consumer_;
+  const int consumer_;  // of the team
   Turn<F::kQStages> q_;
   Turn<F::kStages> k_, v_;
   int skipped_values_ = 0;
@@ -265,28 +270,31 @@ __global__ void __launch_bounds__(Forward90<kSpec>::kThreads, 1)
     forward_sm90(const __grid_constant__ ForwardArgs args, const __grid_constant__ CopyMaps maps) {
   using F = Forward90<kSpec>;
   extern __shared__ unsigned char unaligned[];
-  __shared__ Tile<kSpec> descriptions[Shared90<kSpec>::kNumTiles];
-  __shared__ unsigned long long barriers[Shared90<kSpec>::kNumBarriers];
-  static_assert(sizeof(descriptions) + sizeof(barriers) + sizeof(SequenceOrder) +
-                    kSm90SharedBytes <=
-                227 * 1024);
+  __shared__ typename Shared90<kSpec>::Of state[kSpec.teams];
+  static_assert(sizeof(state) + sizeof(SequenceOrder) + kSm90SharedBytes <= 227 * 1024);
+  // The consumers first: their warps are whole warpgroups, of which the producers may be a part.
+  const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+  const int group = warp / (F::kGroupThreads / 32);
+  const bool multiplies = group < F::kAllConsumers;
+  const int team = kSpec.teams == 1 ? 0
+                   : multiplies     ? group / F::kConsumers
+                                    : warp % 4 / 2 % kSpec.teams;
   const Shared90<kSpec> shared{
-      (shared_address(unaligned) + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment,
-      shared_address(barriers), descriptions};
+      (shared_address(unaligned) + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment +
+          team * sm90_team_bytes(kSpec),
+      &state[team]};
   __shared__ SequenceOrder order;
-  if (threadIdx.x == 0) shared.init();
+  if (!multiplies && threadIdx.x % F::kFeedingThreads == 0) shared.init();
   if constexpr (kSpec.varlen) order.sort(args);
   __syncthreads();
-  // The consumers first: their warps are whole warpgroups, of which the producer may be a part.
-  const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / F::kGroupThreads, 0);
-  if (group == F::kConsumers) {
+  if (!multiplies) {
     leave_registers<F::kProducerRegisters>();
-    const int thread = threadIdx.x - F::kConsumers * F::kGroupThreads;
+    const int thread = threadIdx.x % F::kGroupThreads - team * F::kFeedingThreads;
     if (thread < Producer90<kSpec>::kThreads) Producer90<kSpec>(args, maps, shared).run();
-    if (thread == 32) Scheduler90<kSpec>(args, shared, &order).run();
+    if (thread == 32) Scheduler90<kSpec>(args, shared, &order, team).run();
   } else {
     take_registers<F::kConsumerRegisters>();
-    Consumer90<kSpec>(args, shared, group).run();
+    Consumer90<kSpec>(args, shared, group % F::kConsumers).run();
   }
 }
 

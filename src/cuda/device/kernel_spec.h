@@ -31,6 +31,8 @@ struct KernelSpec {
   int stages = 1;  // forward_sm80: of k and v in shared memory
   // forward_sm90: sequences may have lengths of their own; the others ask at run time.
   bool varlen = false;
+  // forward_sm90: teams of warpgroups in a block, each with tiles and stages of its own.
+  int teams = 1;
 
   constexpr bool operator==(const KernelSpec&) const = default;
 };
@@ -43,7 +45,7 @@ constexpr int forward_sm80_shared_bytes(const KernelSpec& spec) {
 
 // forward_sm90: stages of q, and of k and v; aligned to what the copy engine's swizzle repeats
 // after. Warpgroups are up to so many steps apart, and a tile's first loads as many ahead: as many
-// stages as there is room for, less what a block keeps of its tiles and barriers.
+// stages as each team has room for, less what a block keeps of its tiles and barriers.
 inline constexpr int kSharedAlignment = 1024;
 inline constexpr int kSm90SharedBytes = 225 * 1024;  // of 227 KiB
 constexpr int sm90_q_stages(const KernelSpec& spec) { return spec.head_dim <= 64 ? 2 : 1; }
@@ -54,10 +56,14 @@ constexpr int sm90_stage_bytes(const KernelSpec& spec) {
   return 2 * spec.tile_n * (spec.head_dim + spec.head_dim_v);
 }
 constexpr int sm90_stages(const KernelSpec& spec) {
-  return (kSm90SharedBytes - kSharedAlignment - sm90_q_bytes(spec)) / sm90_stage_bytes(spec);
+  return ((kSm90SharedBytes - kSharedAlignment) / spec.teams - sm90_q_bytes(spec)) /
+         sm90_stage_bytes(spec);
+}
+constexpr int sm90_team_bytes(const KernelSpec& spec) {
+  return sm90_q_bytes(spec) + sm90_stages(spec) * sm90_stage_bytes(spec);
 }
 constexpr int forward_sm90_shared_bytes(const KernelSpec& spec) {
-  return kSharedAlignment + sm90_q_bytes(spec) + sm90_stages(spec) * sm90_stage_bytes(spec);
+  return kSharedAlignment + spec.teams * sm90_team_bytes(spec);
 }
 
 // forward_fp32: q, k or v in turn, and probabilities; rows with a gap of 4 floats behind each put

@@ -1,9 +1,18 @@
-// Which tiles a block of Hopper's forward takes, one after another.
+// Which tiles a team of Hopper's forward takes, one after another. Numbers of teams run over all
+// blocks before a block's second, so that few tiles have a multiprocessor each.
 #pragma once
 
 #include "cuda/device/tile_sm90.h"
 
 namespace fa::cuda {
+
+__device__ inline int team_of_launch(int team) {
+  return static_cast<int>(team * gridDim.x + blockIdx.x);
+}
+template <KernelSpec kSpec>
+__device__ inline int num_teams() {
+  return kSpec.teams * static_cast<int>(gridDim.x);
+}
 
 template <bool kFirst, class First, class Second>
 struct Choose {
@@ -45,12 +54,12 @@ struct SequenceOrder {
   }
 };
 
-// Of a launch whose sequences are as long as each other, or that has a block per tile.
+// Of a launch whose sequences are as long as each other, or that has a team per tile.
 template <KernelSpec kSpec>
 class FixedSchedule {
  public:
-  __device__ FixedSchedule(const ForwardArgs& args, const SequenceOrder*)
-      : args_(args), index_(blockIdx.x) {}
+  __device__ FixedSchedule(const ForwardArgs& args, const SequenceOrder*, int team)
+      : args_(args), index_(team) {}
 
   // False: there are no more.
   __device__ bool next(Work& work) {
@@ -64,7 +73,7 @@ class FixedSchedule {
       work.tile = is_second ? from_start : from_end;
     }
     is_second_ = !is_second;
-    if (is_second) index_ += gridDim.x;
+    if (is_second) index_ += num_teams<kSpec>();
     return true;
   }
 
@@ -75,16 +84,16 @@ class FixedSchedule {
 };
 
 // Of varlen sequences: tiles are numbered, each sequence's last rows and heads first, and
-// whichever block is free takes the next.
+// whichever team is free takes the next.
 template <KernelSpec kSpec>
 class DynamicSchedule {
  public:
-  __device__ DynamicSchedule(const ForwardArgs& args, const SequenceOrder* order)
-      : args_(args), order_(order) {}
+  __device__ DynamicSchedule(const ForwardArgs& args, const SequenceOrder* order, int team)
+      : args_(args), order_(order), first_index_(team) {}
 
   __device__ bool next(Work& work) {
-    const int index = is_first_ ? static_cast<int>(blockIdx.x) : take();
-    is_first_ = false;
+    const int index = first_index_ >= 0 ? first_index_ : take();
+    first_index_ = -1;
 #pragma unroll 1
     for (; place_ < args_.shape.batch; ++place_) {
       const int batch = order_->at(args_, place_);
@@ -96,9 +105,9 @@ class DynamicSchedule {
       }
       first_ += tiles * args_.shape.num_heads;
     }
-    // Of each block that had a tile one number has no tile, so that as many are taken as there are
+    // Of each team that had a tile one number has no tile, so that as many are taken as there are
     // tiles.
-    const bool is_last = index == first_ - 1 + static_cast<int>(gridDim.x);
+    const bool is_last = index == first_ - 1 + num_teams<kSpec>();
     if (is_last && args_.schedule.counter != nullptr) *args_.schedule.counter = 0;
     return false;
   }
@@ -107,8 +116,8 @@ class DynamicSchedule {
   using Counter = unsigned long long;
   static constexpr int kNone = 0x7FFFFFFF;
 
-  // The number of a tile, behind those that blocks start with. Where the counter does not count for
-  // this launch yet, the first block to find that out makes it count.
+  // The number of a tile, behind those that teams start with. Where the counter does not count for
+  // this launch yet, the first team to find that out makes it count.
   __device__ int take() const {
     const ScheduleArgs& schedule = args_.schedule;
     if (schedule.counter == nullptr) return kNone;
@@ -118,8 +127,9 @@ class DynamicSchedule {
       const Counter now = *static_cast<volatile Counter*>(schedule.counter);
       if ((now ^ schedule.ticket) >> kTileBits == 0) {
         taken = atomicAdd(schedule.counter, 1ull);
-      } else if (atomicCAS(schedule.counter, now, schedule.ticket + gridDim.x + 1) == now) {
-        return gridDim.x;
+      } else if (atomicCAS(schedule.counter, now, schedule.ticket + num_teams<kSpec>() + 1) ==
+                 now) {
+        return num_teams<kSpec>();
       }
     }
     return static_cast<int>(taken & ((1u << kTileBits) - 1));
@@ -127,9 +137,9 @@ class DynamicSchedule {
 
   const ForwardArgs& args_;
   const SequenceOrder* order_;
-  bool is_first_ = true;
-  int place_ = 0;  // of a sequence
-  int first_ = 0;  // the number of its first tile
+  int first_index_;  // negative: taken
+  int place_ = 0;    // of a sequence
+  int first_ = 0;    // the number of its first tile
 };
 
 template <KernelSpec kSpec>

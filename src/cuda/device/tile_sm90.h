@@ -11,7 +11,8 @@ template <KernelSpec kSpec>
 struct Forward90 {
   static constexpr int kGroupThreads = 128;
   static constexpr int kGroupRows = 64;
-  static constexpr int kConsumers = kSpec.tile_m / kGroupRows;
+  static constexpr int kConsumers = kSpec.tile_m / kGroupRows;  // of a team
+  static constexpr int kAllConsumers = kSpec.teams * kConsumers;
   static constexpr int kThreads = kSpec.num_warps * 32;
   static constexpr int kStages = sm90_stages(kSpec);
   static constexpr int kQStages = sm90_q_stages(kSpec);
@@ -19,14 +20,17 @@ struct Forward90 {
   // starts with would be waited for without end.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
   static constexpr bool kLooksUpPages = kSpec.loader == Loader::kPagedVector;
-  static constexpr int kProducerRegisters = kConsumers > 2 ? 32 : kLooksUpPages ? 40 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 4   ? 112
-                                            : kConsumers == 3 ? 160
-                                            : kLooksUpPages   ? 232
-                                                              : 240;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
-                (kConsumers + 1) * kRegisters);
-  static_assert(kThreads == (kConsumers + 1) * kGroupThreads);
+  static constexpr int kProducerRegisters = kAllConsumers > 2 ? 32 : kLooksUpPages ? 40 : 24;
+  static constexpr int kConsumerRegisters = kAllConsumers == 4   ? 112
+                                            : kAllConsumers == 3 ? 160
+                                            : kLooksUpPages      ? 232
+                                                                 : 240;
+  static_assert(kProducerRegisters + kAllConsumers * kConsumerRegisters <=
+                (kAllConsumers + 1) * kRegisters);
+  static_assert(kThreads == (kAllConsumers + 1) * kGroupThreads);
+  // Of the warpgroup that feeds: a warp loads, a thread of the next finds tiles.
+  static constexpr int kFeedingThreads = 64;
+  static_assert(kSpec.teams * kFeedingThreads <= kGroupThreads);
   static_assert(kConsumers * kGroupRows == kSpec.tile_m);
 
   static constexpr int kQBlockBytes = kGroupRows * kBlockRowBytes;
@@ -36,9 +40,8 @@ struct Forward90 {
   static constexpr int kQGroupBytes = kQBlocks * kQBlockBytes;
   static constexpr int kKBytes = kQBlocks * kKeyBlockBytes;
   static constexpr int kVBytes = kVBlocks * kKeyBlockBytes;
-  static_assert(forward_sm90_shared_bytes(kSpec) == kSharedAlignment +
-                                                        kQStages * kConsumers * kQGroupBytes +
-                                                        kStages * (kKBytes + kVBytes));
+  static_assert(sm90_team_bytes(kSpec) ==
+                kQStages * kConsumers * kQGroupBytes + kStages * (kKBytes + kVBytes));
 
   using S = Accumulator<1, kSpec.tile_n / 8>;
   using O = Accumulator<1, kSpec.head_dim_v / 8>;
@@ -53,26 +56,34 @@ struct Tile : Block {  // tile_row is negative where there are no more tiles
   KeySteps own_steps[Forward90<kSpec>::kConsumers];
 };
 
-// Where everything lies in shared memory, and which barriers guard it.
+// Where everything of a team lies in shared memory, and which barriers guard it.
 template <KernelSpec kSpec>
 struct Shared90 {
   using F = Forward90<kSpec>;
   static constexpr int kNumBarriers = 2 * F::kConsumers * F::kQStages + 4 * F::kStages + 2;
   // A consumer stores a tile while it is at the next, the producer is up to two tiles ahead, and
   // the next one is described.
-  static constexpr int kNumTiles = 8;
+  static constexpr int kNumTiles = kSpec.teams > 1 ? 6 : 8;
 
-  SharedAddress tiles;        // stages of q of each consumer, then of k, then of v
-  SharedAddress barriers;     // of k, of v, of q, each full and empty
-  Tile<kSpec>* descriptions;  // of tiles, by turns
+  struct Of {
+    unsigned long long barriers[kNumBarriers];  // of k, of v, of q, each full and empty
+    Tile<kSpec> descriptions[kNumTiles];        // of tiles, by turns
+  };
 
-  __device__ Tile<kSpec>& description(int index) const { return descriptions[index % kNumTiles]; }
+  SharedAddress tiles;  // stages of q of each consumer, then of k, then of v
+  Of* state;
+
+  __device__ SharedAddress barriers() const { return shared_address(state->barriers); }
+
+  __device__ Tile<kSpec>& description(int index) const {
+    return state->descriptions[index % kNumTiles];
+  }
   __device__ SharedAddress q(int consumer, int stage) const {
     return tiles + (stage * F::kConsumers + consumer) * F::kQGroupBytes;
   }
   __device__ SharedAddress k(int stage) const { return q(0, F::kQStages) + stage * F::kKBytes; }
   __device__ SharedAddress v(int stage) const { return k(F::kStages) + stage * F::kVBytes; }
-  __device__ Barrier k_full(int stage) const { return {barriers + 8 * stage}; }
+  __device__ Barrier k_full(int stage) const { return {barriers() + 8 * stage}; }
   __device__ Barrier k_empty(int stage) const { return k_full(F::kStages + stage); }
   __device__ Barrier v_full(int stage) const { return k_full(2 * F::kStages + stage); }
   __device__ Barrier v_empty(int stage) const { return k_full(3 * F::kStages + stage); }
@@ -85,8 +96,8 @@ struct Shared90 {
   }
 
   // The next tile is to be described; it is.
-  __device__ Barrier tile_wanted() const { return {barriers + 8 * (kNumBarriers - 2)}; }
-  __device__ Barrier tile_described() const { return {barriers + 8 * (kNumBarriers - 1)}; }
+  __device__ Barrier tile_wanted() const { return {barriers() + 8 * (kNumBarriers - 2)}; }
+  __device__ Barrier tile_described() const { return {barriers() + 8 * (kNumBarriers - 1)}; }
 
   __device__ void init() const {
     constexpr int kGroupWarps = F::kGroupThreads / 32;  // of k and v a lane of each arrives
