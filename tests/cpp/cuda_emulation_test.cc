@@ -375,6 +375,18 @@ TEST_F(CudaEmulation, pages_equal_contiguous_bitwise) {
   }
 }
 
+// Boxes that the copy engine moves without a mask, if every tile is taken once.
+int64_t boxes(const Case& of) {
+  constexpr int64_t kRows = 128, kWarpgroups = 2, kColumns = 64;
+  const int64_t keys = of.head_dim == 64 ? 64 : 128;
+  int64_t count = 0;
+  for (size_t i = 0; i < of.lengths_q.size(); ++i) {
+    const int64_t tiles = (of.lengths_q[i] + kRows - 1) / kRows;
+    count += tiles * (kWarpgroups + 2 * ((of.lengths_k[i] + keys - 1) / keys));
+  }
+  return of.num_heads * of.head_dim / kColumns * count;
+}
+
 // More tiles of a block than it keeps descriptions of.
 TEST_F(CudaEmulation, blocks_take_tile_after_tile) {
   for (const int64_t head_dim : {64, 128}) {
@@ -384,9 +396,16 @@ TEST_F(CudaEmulation, blocks_take_tile_after_tile) {
       of.lengths_k.push_back(10 + i * 11 % 80);
     }
     Varlen it(of);
+    const int64_t before = emulated::num_copies();
     it.run();
+    EXPECT_EQ(emulated::num_copies() - before, boxes(of)) << head_dim;
     EXPECT_LT(it.error(), 2.0) << head_dim;
   }
+  const Case of{.lengths_q = {700}, .lengths_k = {100}, .num_heads = 4};
+  Varlen it(of);
+  const int64_t before = emulated::num_copies();
+  it.run_dense();
+  EXPECT_EQ(emulated::num_copies() - before, boxes(of));
 }
 
 }  // namespace

@@ -25,6 +25,8 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 
+int64_t copies = 0;
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   std::jmp_buf at;
@@ -218,7 +220,11 @@ void sync(int id, unsigned threads) {
   wait_until([&] { return barrier.turn != turn; });
 }
 
-void copy_later(std::function<void()> copy) { block->copies.push_back(std::move(copy)); }
+void copy_later(std::function<void()> copy) {
+  ++copies;
+  block->copies.push_back(std::move(copy));
+}
+int64_t num_copies() { return copies; }
 
 void multiply(std::function<void()> product) { block->current->open.push_back(std::move(product)); }
 

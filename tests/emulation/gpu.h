@@ -45,6 +45,8 @@ void arrive(int id, unsigned threads);
 
 // The copy engine does it some time later.
 void copy_later(std::function<void()> copy);
+// How many of them there have been in all.
+int64_t num_copies();
 
 // Products are done at some time between their group's end and a wait for it.
 void multiply(std::function<void()> product);
