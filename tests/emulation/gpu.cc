@@ -251,7 +251,9 @@ void wait_for_groups(size_t pending) {
 }
 
 void make_barrier(uint32_t address, int arrivals) {
-  block->barriers[address] = {arrivals, arrivals};
+  if (!block->barriers.try_emplace(address, MemoryBarrier{arrivals, arrivals}).second) {
+    fail("a barrier is made twice");
+  }
 }
 
 namespace {

@@ -284,7 +284,8 @@ __global__ void __launch_bounds__(Forward90<kSpec>::kThreads, 1)
           team * sm90_team_bytes(kSpec),
       &state[team]};
   __shared__ SequenceOrder order;
-  if (!multiplies && threadIdx.x % F::kFeedingThreads == 0) shared.init();
+  const int first_feeding = F::kAllConsumers * F::kGroupThreads + team * F::kFeedingThreads;
+  if (static_cast<int>(threadIdx.x) == first_feeding) shared.init();
   if constexpr (kSpec.varlen) order.sort(args);
   __syncthreads();
   if (!multiplies) {
