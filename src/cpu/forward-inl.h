@@ -55,7 +55,7 @@ class ForwardTaskRun {
     run_.for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
       products_.load_keys(tile);
       products_.load_values(tile);
-      for (int64_t p = 0; p < task_.num_panels; ++p) attend(panels_[p], tile);
+      for (int64_t p = 0; p < task_.num_panels; ++p) attend(p, tile);
     });
     finish();
     if (problem_.wants_s_dmask) write_s_dmask(keys);
@@ -166,11 +166,15 @@ class ForwardTaskRun {
   }
 
   // S, P = softmax(S), O += P V for one panel and one tile.
-  HWY_INLINE void attend(ForwardPanel& panel, const KeyTile& keys) {
+  HWY_INLINE void attend(int64_t p, const KeyTile& keys) {
+    ForwardPanel& panel = panels_[p];
     const ScoreTile tile = run_.score_tile(panel, keys, scores_);
     if (tile.begin >= tile.end) return;
     if constexpr (Products::kPairs) {
-      products_.attend(panel, tile, task_.batch);
+      const ForwardPanel* next = p + 1 < task_.num_panels ? &panel + 1 : nullptr;
+      const ScoreTile next_tile = next ? run_.score_tile(*next, keys, scores_) : ScoreTile{};
+      if (next_tile.begin >= next_tile.end) next = nullptr;
+      products_.attend(panel, tile, task_.batch, next, next_tile);
     } else {
       const auto rescale = [&](const float* correction)
                                HWY_ATTR { products_.rescale(panel, correction); };

@@ -7,6 +7,9 @@
 #define FA_CPU_PAIR_PRODUCTS_INL_H_
 #endif
 
+#include <optional>
+#include <utility>
+
 #include "core/validate.h"
 #include "cpu/pair_parts-inl.h"
 
@@ -100,13 +103,16 @@ class PairProducts {
   // S, P = softmax(S), O += P V for one panel and one tile. The scores of a chunk of keys become
   // probabilities before they leave L1; O += P V has the whole tile, since it reads and writes O,
   // and is done beside the exponentials that come next: products halve the speed of vectors, which
-  // therefore need all of them.
-  HWY_INLINE void attend(ForwardPanel& panel, const ScoreTile& tile, int64_t batch) {
+  // therefore need all of them. Panel `next`, where there is one, comes next with the same keys,
+  // its scores in next_tile: those of its first chunk are multiplied beside the last exponentials.
+  HWY_INLINE void attend(ForwardPanel& panel, const ScoreTile& tile, int64_t batch,
+                         const ForwardPanel* next, const ScoreTile& next_tile) {
+    const bool begun = std::exchange(begun_, false);
     if (!panel.started) {
       std::fill_n(panel.running_max, kPanel, kMinusInfinity);
       std::fill_n(panel.running_sum, kPanel, 0.0f);
     }
-    const bool whole = fills_chunks(panel) && !call_.problem.dropout;
+    const bool whole = takes_chunks(panel);
     bool has_maxima = panel.started;
     ScoreTile pairs = pairs_of(tile);
     pairs.end = pairs.begin;
@@ -115,7 +121,7 @@ class PairProducts {
     for (int64_t index = 0; index < num_chunks; ++index) {
       const int64_t first = (first_chunk + index) * kChunkKeys;
       ScoreTile chunk = chunk_of(tile, first);
-      if (!whole || index == 0) {  // else it was multiplied beside the one before
+      if (!whole || (index == 0 && !begun)) {  // else it was multiplied beside the one before
         pair_score_product(call_, run_, panel, chunk, k_ + first * depth_, depth_, panel.q);
       }
       run_.finish_scores(panel, chunk, scales_late_);
@@ -124,7 +130,12 @@ class PairProducts {
       if (!whole || !has_maxima) raise(panel, chunk, pairs);
       has_maxima = true;
       if (whole) {
-        exponentiate(panel, tile, first, pairs, index, num_chunks);
+        if (first + kChunkKeys < tile.end) {
+          follow(panel, tile, first + kChunkKeys);
+        } else if (next != nullptr) {
+          begin(*next, next_tile, chunk);
+        }
+        exponentiate(panel, chunk, first, pairs, index, num_chunks);
       } else {
         store_probabilities(call_, panel, chunk, scale_, batch, pairs.at(first / 2, 0),
                             pairs.column_step);
@@ -173,23 +184,36 @@ class PairProducts {
     if (panel.started) rescale(panel, correction);
   }
 
-  // p = exp2(s - maximum) of a whole chunk, one of num_chunks, while the scores of the next one and
-  // a part of what was postponed are multiplied, in this order for the scores to be there next.
+  HWY_INLINE bool takes_chunks(const QueryPanel& panel) const {
+    return fills_chunks(panel) && !call_.problem.dropout;
+  }
+
+  // What to multiply beside the next exponentials: the scores of a panel's chunk from row `first`
+  // on.
+  HWY_INLINE void follow(const ForwardPanel& panel, const ScoreTile& tile, int64_t first) {
+    following_ = whole_product(k_ + first * depth_, depth_, panel.q, chunk_of(tile, first));
+  }
+  // The first chunk of the panel that comes next, where that is not the place of `chunk`.
+  HWY_INLINE void begin(const ForwardPanel& next, const ScoreTile& tile, const ScoreTile& chunk) {
+    const int64_t first = tile.begin / kChunkKeys * kChunkKeys;
+    begun_ = takes_chunks(next) && chunk_of(tile, first).scores != chunk.scores;
+    if (begun_) follow(next, tile, first);
+  }
+
+  // p = exp2(s - maximum) of a whole chunk, one of num_chunks, while the scores that follow and a
+  // part of what was postponed are multiplied, in this order for the scores to be there next.
   // Whether the maxima lag too far behind shows meanwhile; where they do, which is rare, the
   // chunk's probabilities are computed again.
-  HWY_INLINE void exponentiate(ForwardPanel& panel, const ScoreTile& tile, int64_t first,
+  HWY_INLINE void exponentiate(ForwardPanel& panel, const ScoreTile& chunk, int64_t first,
                                ScoreTile& pairs, int64_t index, int64_t num_chunks) {
-    const int64_t next = first + kChunkKeys;
     PairProduct products[1 + PostponedProduct::max_parts(core::kMaxHeadDim)];
     int count = 0;
-    if (next < tile.end) {
-      products[count++] = whole_product(k_ + next * depth_, depth_, panel.q, chunk_of(tile, next));
-    }
+    if (following_) products[count++] = *following_;
+    following_.reset();
     count += postponed_.take(index, num_chunks, products + count);
     const char* ahead = ahead_ < ahead_end_ ? ahead_ : nullptr;
     ahead_ += kChunkAhead;
 
-    const ScoreTile chunk = chunk_of(tile, first);
     alignas(64) float sum[kPanel], largest[kPanel];
     std::copy_n(panel.running_sum, kPanel, sum);
     const auto run = [&](int num_products) HWY_ATTR {
@@ -206,7 +230,7 @@ class PairProducts {
     run(count);
     if (!lag_too_far(panel, largest, scale_, most_lag_)) return;
     std::copy_n(sum, kPanel, panel.running_sum);
-    raise(panel, whole_chunk(chunk), pairs);
+    raise(panel, chunk, pairs);
     run(0);
   }
 
@@ -248,8 +272,10 @@ class PairProducts {
   // The tile in work.
   const uint16_t* k_;
   const uint16_t* v_;
-  PostponedProduct postponed_;  // O += P V of the panel before
-  bool second_ = false;         // buffer of probabilities
+  std::optional<PairProduct> following_;  // scores to be multiplied beside the next exponentials
+  bool begun_ = false;                    // those of the panel that comes next
+  PostponedProduct postponed_;            // O += P V of the panel before
+  bool second_ = false;                   // buffer of probabilities
   // What is yet to be asked for of the packed tile that comes next.
   const char* ahead_ = nullptr;
   const char* ahead_end_ = nullptr;
