@@ -74,7 +74,6 @@ class ForwardTaskRun {
 
   // What was accumulated becomes outputs, or a part to combine.
   HWY_INLINE void finish() {
-    if constexpr (Products::kPairs) products_.finish_values();
     for (int64_t p = 0; p < task_.num_panels; ++p) {
       ForwardPanel& panel = panels_[p];
       if (!panel.started) {

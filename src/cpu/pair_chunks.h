@@ -18,11 +18,6 @@ inline __attribute__((always_inline)) void add_now(__m512& sum, __m512 term) {
   asm volatile("" : "+v"(sum));
 }
 
-inline __attribute__((always_inline)) void raise_now(__m512& largest, __m512 x) {
-  largest = _mm512_max_ps(largest, x);
-  asm volatile("" : "+v"(largest));
-}
-
 // 2^x, relative error under 2e-7; 0 for -inf; NaN for NaN. Minimax polynomial on [0, 1) whose
 // constant term is 1, so that 2^0 is exactly 1.
 inline __attribute__((always_inline)) __m512 exp2_of(__m512 x) {
@@ -42,8 +37,10 @@ inline __attribute__((always_inline)) __m512i pair_of(__m512 low, __m512 high) {
   const __m512i half = _mm512_set1_epi32(0x8000);
   const __m512i low_bits = _mm512_add_epi32(_mm512_castps_si512(low), half);
   const __m512i high_bits = _mm512_add_epi32(_mm512_castps_si512(high), half);
-  constexpr __mmask32 kHighHalves = 0xAAAAAAAA;
-  return _mm512_mask_blend_epi16(kHighHalves, _mm512_srli_epi32(low_bits, 16), high_bits);
+  // The bytes of the low halves, from the high half of their word.
+  constexpr __mmask64 kLowHalves = 0x3333333333333333;
+  const __m512i from = _mm512_set4_epi32(0x0F0E0F0E, 0x0B0A0B0A, 0x07060706, 0x03020302);
+  return _mm512_mask_shuffle_epi8(high_bits, kLowHalves, low_bits, from);
 }
 
 // Words of a column of pairs, after which the next chunk's begin.
@@ -64,7 +61,6 @@ class ProbabilityRows {
     for (int v = 0; v < kChunkVectors; ++v) {
       maximum_[v] = _mm512_loadu_ps(chunk.maximum + v * kVectorLanes);
       sum_[v] = _mm512_loadu_ps(chunk.sum + v * kVectorLanes);
-      largest_[v] = _mm512_set1_ps(-__builtin_inff());
     }
   }
 
@@ -80,7 +76,6 @@ class ProbabilityRows {
       add_now(sum_[v], _mm512_add_ps(even, odd));
       uint32_t* pairs = chunk_.pairs + v * chunk_.column_step + row / 2 * kVectorLanes;
       _mm512_storeu_si512(pairs, pair_of(even, odd));
-      ask_for(pairs + kChunkPairs);
     }
   }
 
@@ -88,7 +83,6 @@ class ProbabilityRows {
 #pragma GCC unroll 4
     for (int v = 0; v < kChunkVectors; ++v) {
       _mm512_storeu_ps(chunk_.sum + v * kVectorLanes, sum_[v]);
-      _mm512_storeu_ps(chunk_.largest + v * kVectorLanes, largest_[v]);
     }
   }
 
@@ -103,7 +97,6 @@ class ProbabilityRows {
 
   inline __attribute__((always_inline)) __m512 probability(const float* scores, int v) {
     const __m512 s = _mm512_loadu_ps(scores);
-    raise_now(largest_[v], s);
     return exp2_of(_mm512_fmsub_ps(s, scale_, maximum_[v]));
   }
 
@@ -111,7 +104,6 @@ class ProbabilityRows {
   const __m512 scale_;
   __m512 maximum_[kChunkVectors];
   __m512 sum_[kChunkVectors];
-  __m512 largest_[kChunkVectors];
 };
 
 // PairGradients, two keys at a time.

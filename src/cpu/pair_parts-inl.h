@@ -109,50 +109,6 @@ HWY_INLINE PairProduct pair_key_sum(const AttentionCall& call, const QueryPanel&
           .accumulate = accumulate};
 }
 
-// A product that is done in parts, beside other work.
-class PostponedProduct {
- public:
-  void postpone(const PairProduct& product) {
-    product_ = product;
-    done_ = 0;
-    parts_ = product.rows / kBesideRows * (product.columns / kBesideColumns);
-  }
-  // The next ones of its parts, whose share of all is that of `step` among `steps`; returns how
-  // many.
-  HWY_INLINE int take(int64_t step, int64_t steps, PairProduct* parts) {
-    const int64_t end = parts_ * (step + 1) / steps;
-    int count = 0;
-    for (; done_ < end; ++done_) parts[count++] = part(done_);
-    return count;
-  }
-  // Does what is left of it.
-  HWY_INLINE void finish(const PairKernels& kernels) {
-    for (; done_ < parts_; ++done_) kernels.multiply(part(done_));
-  }
-  // Parts of a panel's product.
-  static constexpr int64_t max_parts(int64_t rows) {
-    return rows / kBesideRows * (kChunkLanes / kBesideColumns);
-  }
-
- private:
-  HWY_INLINE PairProduct part(int64_t index) const {
-    const int64_t across = product_.rows / kBesideRows;
-    const int64_t row = index % across * (kBesideRows / kPairRows);
-    const int64_t column = index / across * (kBesideColumns / kPairColumns);
-    PairProduct part = product_;
-    part.a += row * part.a_row_step;
-    part.b += column * part.b_column_step;
-    part.c += row * kBlockC + column * part.c_column_step;
-    part.rows = kBesideRows;
-    part.columns = kBesideColumns;
-    return part;
-  }
-
-  PairProduct product_{};
-  int64_t done_ = 0;
-  int64_t parts_ = 0;
-};
-
 // Rows of a panel from their transpose in blocks of C: to[lane][0 .. n).
 HWY_INLINE void rows_of_blocks(const float* HWY_RESTRICT from, int64_t n, int64_t num_lanes,
                                float* HWY_RESTRICT to, int64_t row) {

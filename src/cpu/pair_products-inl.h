@@ -67,7 +67,6 @@ class PairProducts {
       ahead_ = reinterpret_cast<const char*>(packed) + call_.packed.floats * sizeof(float);
       ahead_end_ = ahead_ + call_.packed.floats * sizeof(float);
     } else {
-      finish_values();  // which read the tile before
       pack_values(call_, run_, tile, own_v_);
     }
   }
@@ -101,10 +100,10 @@ class PairProducts {
   }
 
   // S, P = softmax(S), O += P V for one panel and one tile. The scores of a chunk of keys become
-  // probabilities before they leave L1; O += P V has the whole tile, since it reads and writes O,
-  // and is done beside the exponentials that come next: products halve the speed of vectors, which
-  // therefore need all of them. Panel `next`, where there is one, comes next with the same keys,
-  // its scores in next_tile: those of its first chunk are multiplied beside the last exponentials.
+  // probabilities before they leave L1, while those of the next chunk are multiplied; O += P V has
+  // the whole tile, since it reads and writes O, and L1 to itself, which does not hold what scores
+  // and exponentials read as well. Panel `next`, where there is one, comes next with the same keys,
+  // its scores in next_tile: its first chunk follows the last.
   HWY_INLINE void attend(ForwardPanel& panel, const ScoreTile& tile, int64_t batch,
                          const ForwardPanel* next, const ScoreTile& next_tile) {
     const bool begun = std::exchange(begun_, false);
@@ -135,23 +134,15 @@ class PairProducts {
         } else if (next != nullptr) {
           begin(*next, next_tile, chunk);
         }
-        exponentiate(panel, chunk, first, pairs, index, num_chunks);
+        exponentiate(panel, chunk, first, pairs);
       } else {
         store_probabilities(call_, panel, chunk, scale_, batch, pairs.at(first / 2, 0),
                             pairs.column_step);
       }
       pairs.end = end;
     }
-    finish_values();
-    if (whole && v_rows_ % kBesideRows == 0) {
-      postpone_values(panel, pairs);
-    } else {
-      add_values(panel, pairs);
-    }
+    add_values(panel, pairs);
   }
-
-  // Does what `attend` left for later.
-  HWY_INLINE void finish_values() { postponed_.finish(*call_.pairs); }
 
   // O from O^T, one row per lane.
   HWY_INLINE void store_rows(const ForwardPanel& panel, float* HWY_RESTRICT rows) const {
@@ -163,25 +154,23 @@ class PairProducts {
   // was accumulated is rescaled rarely. Sums stay far from overflow, and bfloat16 as precise.
   static constexpr float kMostLag = 8.0f;
 
-  // The tile's probabilities, in pairs behind both, [kPanel / kLanes][tile_keys / 2][kLanes], in
-  // one of two buffers that take turns.
-  HWY_INLINE ScoreTile pairs_of(const ScoreTile& tile) {
-    second_ = !second_;
-    const int64_t buffer = second_ ? call_.tile_keys / 2 * kPanel : 0;
-    ScoreTile pairs = tile.in(tile.scores + 2 * kChunkKeys * kPanel + buffer);
+  // The tile's probabilities, in pairs behind both chunks, [kPanel / kLanes][tile_keys /
+  // 2][kLanes].
+  HWY_INLINE ScoreTile pairs_of(const ScoreTile& tile) const {
+    ScoreTile pairs = tile.in(tile.scores + 2 * kChunkKeys * kPanel);
     pairs.column_step = call_.tile_keys / 2 * kLanes;
     return pairs;
   }
 
   // Raises the maxima to those of a chunk. pairs: the tile's probabilities so far, which are spent
-  // where a maximum rises.
-  HWY_INLINE void raise(ForwardPanel& panel, const ScoreTile& chunk, ScoreTile& pairs) {
+  // where a maximum rises. False where none does.
+  HWY_INLINE bool raise(ForwardPanel& panel, const ScoreTile& chunk, ScoreTile& pairs) const {
     alignas(64) float correction[kPanel];
-    if (!raise_maxima(panel, chunk, scale_, most_lag_, correction)) return;
-    finish_values();
+    if (!raise_maxima(panel, chunk, scale_, most_lag_, correction)) return false;
     add_values(panel, pairs);
     pairs.begin = pairs.end;
     if (panel.started) rescale(panel, correction);
+    return true;
   }
 
   HWY_INLINE bool takes_chunks(const QueryPanel& panel) const {
@@ -200,52 +189,44 @@ class PairProducts {
     if (begun_) follow(next, tile, first);
   }
 
-  // p = exp2(s - maximum) of a whole chunk, one of num_chunks, while the scores that follow and a
-  // part of what was postponed are multiplied, in this order for the scores to be there next.
-  // Whether the maxima lag too far behind shows meanwhile; where they do, which is rare, the
-  // chunk's probabilities are computed again.
+  // p = exp2(s - maximum) of a whole chunk, while the scores that follow are multiplied. Whether
+  // the maxima lag too far behind shows meanwhile; where they do, which is rare, the chunk's
+  // probabilities are computed again.
   HWY_INLINE void exponentiate(ForwardPanel& panel, const ScoreTile& chunk, int64_t first,
-                               ScoreTile& pairs, int64_t index, int64_t num_chunks) {
-    PairProduct products[1 + PostponedProduct::max_parts(core::kMaxHeadDim)];
-    int count = 0;
-    if (following_) products[count++] = *following_;
-    following_.reset();
-    count += postponed_.take(index, num_chunks, products + count);
+                               ScoreTile& pairs) {
     const char* ahead = ahead_ < ahead_end_ ? ahead_ : nullptr;
     ahead_ += kChunkAhead;
-
-    alignas(64) float sum[kPanel], largest[kPanel];
-    std::copy_n(panel.running_sum, kPanel, sum);
-    const auto run = [&](int num_products) HWY_ATTR {
+    const auto run = [&](const PairProduct* beside, int count) HWY_ATTR {
       alignas(64) float maximum[kPanel];
       for (int64_t v = 0; v < panel.vectors(); ++v) {
         const Float m = hn::Load(kFloats, panel.running_max + v * kLanes);
         hn::Store(finite_maximum(m), kFloats, maximum + v * kLanes);
       }
       call_.pairs->exponentiate(
-          {chunk.scores, scale_, maximum, panel.running_sum, largest,
+          {chunk.scores, scale_, maximum, panel.running_sum,
            reinterpret_cast<uint32_t*>(pairs.at(first / 2, 0)), pairs.column_step, ahead},
-          products, num_products);
+          beside, count);
     };
-    run(count);
-    if (!lag_too_far(panel, largest, scale_, most_lag_)) return;
-    std::copy_n(sum, kPanel, panel.running_sum);
-    raise(panel, chunk, pairs);
-    run(0);
+    alignas(64) float before[kPanel], after[kPanel];
+    std::copy_n(panel.running_sum, kPanel, before);
+    run(following_ ? &*following_ : nullptr, following_ ? 1 : 0);
+    following_.reset();
+    if (!may_lag_too_far(panel, before, most_lag_)) return;
+    std::copy_n(panel.running_sum, kPanel, after);
+    std::copy_n(before, kPanel, panel.running_sum);
+    if (raise(panel, chunk, pairs)) {
+      run(nullptr, 0);
+    } else {
+      std::copy_n(after, kPanel, panel.running_sum);
+    }
   }
 
   // O += P V.
   HWY_INLINE void add_values(ForwardPanel& panel, const ScoreTile& pairs) const {
-    if (pairs.begin < pairs.end) call_.pairs->multiply(values_product(panel, pairs));
-  }
-  HWY_INLINE void postpone_values(ForwardPanel& panel, const ScoreTile& pairs) {
-    if (pairs.begin < pairs.end) postponed_.postpone(values_product(panel, pairs));
-  }
-  HWY_INLINE PairProduct values_product(ForwardPanel& panel, const ScoreTile& pairs) const {
+    if (pairs.begin >= pairs.end) return;
     clear_pairs_around(panel, pairs);
-    const bool accumulate = panel.started;
+    call_.pairs->multiply(pair_key_sum(call_, panel, pairs, v_, v_rows_, panel.started, panel.o));
     panel.started = true;
-    return pair_key_sum(call_, panel, pairs, v_, v_rows_, accumulate, panel.o);
   }
 
   // Multiplies what was accumulated for queries whose maximum was replaced.
@@ -274,8 +255,6 @@ class PairProducts {
   const uint16_t* v_;
   std::optional<PairProduct> following_;  // scores to be multiplied beside the next exponentials
   bool begun_ = false;                    // those of the panel that comes next
-  PostponedProduct postponed_;            // O += P V of the panel before
-  bool second_ = false;                   // buffer of probabilities
   // What is yet to be asked for of the packed tile that comes next.
   const char* ahead_ = nullptr;
   const char* ahead_end_ = nullptr;

@@ -58,14 +58,18 @@ HWY_INLINE void pack_pairs(const QueryPanel& panel, const ScoreTile& tile) {
   }
 }
 
-// Whether maxima lag more than most_lag behind the largest scores times scale.
-HWY_INLINE bool lag_too_far(const ForwardPanel& panel, const float* HWY_RESTRICT largest,
-                            float scale, float most_lag) {
+// Whether maxima may lag more than most_lag behind scores of a chunk that raised the sums from
+// `before`: by its largest probability at least, half of which is left for rounding. Probabilities
+// tell nothing where there is no maximum yet.
+HWY_INLINE bool may_lag_too_far(const ForwardPanel& panel, const float* HWY_RESTRICT before,
+                                float most_lag) {
+  const Float most = hn::Set(kFloats, 0.5f * std::exp2(most_lag));
   for (int64_t v = 0; v < panel.vectors(); ++v) {
-    const Float maximum = hn::Mul(hn::Load(kFloats, largest + v * kLanes), hn::Set(kFloats, scale));
-    const Float most =
-        hn::Add(hn::Load(kFloats, panel.running_max + v * kLanes), hn::Set(kFloats, most_lag));
-    if (!hn::AllFalse(kFloats, hn::Gt(maximum, most))) return true;
+    const Float maximum = hn::Load(kFloats, panel.running_max + v * kLanes);
+    const Float rise = hn::Sub(hn::Load(kFloats, panel.running_sum + v * kLanes),
+                               hn::Load(kFloats, before + v * kLanes));
+    const auto known = hn::Gt(maximum, hn::Set(kFloats, kMinusInfinity));
+    if (!hn::AllTrue(kFloats, hn::And(hn::Le(rise, most), known))) return true;
   }
   return false;
 }

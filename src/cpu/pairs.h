@@ -52,14 +52,12 @@ inline constexpr int64_t kChunkKeys = 32;
 inline constexpr int64_t kChunkLanes = 64;
 inline constexpr int64_t kChunkColumn = kChunkKeys * kPairColumns;
 
-// p = exp2(s * scale - maximum) of a whole chunk, as pairs of keys, and sum += what it sums to. The
-// largest scores tell afterwards whether the maximum would do.
+// p = exp2(s * scale - maximum) of a whole chunk, as pairs of keys, and sum += what it sums to.
 struct PairProbabilities {
   const float* scores;
   float scale;
   const float* maximum;  // [kChunkLanes], finite
   float* sum;            // [kChunkLanes]
-  float* largest;        // [kChunkLanes]: max s
   uint32_t* pairs;       // [kChunkKeys / 2][kPairColumns] of each block of columns
   int64_t column_step;   // words
   const char* ahead;     // kChunkAhead bytes to be had in L2 soon, or null
@@ -91,7 +89,7 @@ struct PairKernels {
   void (*end)();
   void (*multiply)(const PairProduct& product);
   // What becomes of a chunk, and beside it `count` products whose rows and columns are multiples of
-  // kBesideRows and kBesideColumns.
+  // kBesideRows and kBesideColumns, and none of which reads what another one writes.
   void (*exponentiate)(const PairProbabilities& chunk, const PairProduct* beside, int count);
   void (*differentiate)(const PairGradients& chunk, const PairProduct* beside, int count);
   // A = the rows.

@@ -32,17 +32,48 @@ inline __attribute__((always_inline)) void ask_for_half(const uint16_t* block, i
   for (int i = 0; i < kLines; ++i) ask_for(lines + i * 64);
 }
 
-// Tile registers have constant names: accumulators 0 to 3, operands 4 to 7. Loads come as early as
-// the registers allow: two threads on a core leave too few for the processor to rename.
+// Tile registers have constant names: accumulators 0 to 3, operands 4 to 7.
 
-// Two blocks of rows and two of columns: the fewest loads per product. The blocks of A for the next
-// step, or for the next two rows, are asked for ahead: A comes from L2, and a busy neighbour on the
-// core leaves no room to wait for it. Calls between(), which may do something else, twice for each
-// block of depth.
+// Two blocks of rows and two of columns of a product: the fewest loads per product of tiles.
+struct Quad {
+  const PairProduct* product;
+  int64_t row = 0;
+  int64_t column = 0;
+
+  // On to the next quad of the products up to `end`, rows first; false where there is none.
+  inline __attribute__((always_inline)) bool advance(const PairProduct* end) {
+    row += 2;
+    if ((row + 2) * kPairRows <= product->rows) return true;
+    row = 0;
+    column += 2;
+    if ((column + 2) * kPairColumns <= product->columns) return true;
+    column = 0;
+    return ++product < end;
+  }
+};
+
+inline __attribute__((always_inline)) void load_operands(const PairProduct& p, const uint16_t* a,
+                                                         const uint32_t* b) {
+  _tile_loadd(4, a, kStride);
+  _tile_loadd(5, a + p.a_row_step, kStride);
+  _tile_loadd(6, b, kStride);
+  _tile_loadd(7, b + p.b_column_step, kStride);
+}
+
+inline __attribute__((always_inline)) void load_first_operands(const Quad& quad) {
+  const PairProduct& p = *quad.product;
+  load_operands(p, p.a + quad.row * p.a_row_step, p.b + quad.column * p.b_column_step);
+}
+
+// The first operands are loaded, and in the end those of `next`, where there is one: before the
+// stores, which wait for the sums. The blocks of A for the next step, or for the next two rows, are
+// asked for ahead: A comes from L2, and a busy neighbour on the core leaves no room to wait for it.
+// Calls between(), which may do something else, twice for each block of depth.
 template <class Between>
-inline __attribute__((always_inline)) void multiply_2x2(const PairProduct& p, int64_t row,
-                                                        int64_t column, Between&& between) {
-  float* c0 = p.c + row * kBlockC + column * p.c_column_step;
+inline __attribute__((always_inline)) void multiply_quad(const Quad& quad, const Quad* next,
+                                                         Between&& between) {
+  const PairProduct& p = *quad.product;
+  float* c0 = p.c + quad.row * kBlockC + quad.column * p.c_column_step;
   float* c1 = c0 + p.c_column_step;
   if (p.accumulate) {
     _tile_loadd(0, c0, kStride);
@@ -55,14 +86,10 @@ inline __attribute__((always_inline)) void multiply_2x2(const PairProduct& p, in
     _tile_zero(2);
     _tile_zero(3);
   }
-  const uint16_t* a = p.a + row * p.a_row_step;
-  const uint32_t* b = p.b + column * p.b_column_step;
-  for (int64_t d = 0; d < p.depth; d += kPairDepth) {
-    _tile_loadd(4, a, kStride);
-    _tile_loadd(5, a + p.a_row_step, kStride);
-    _tile_loadd(6, b, kStride);
-    _tile_loadd(7, b + p.b_column_step, kStride);
-    a = d + kPairDepth < p.depth ? a + kBlockA : p.a + (row + 2) * p.a_row_step;
+  const uint16_t* a = p.a + quad.row * p.a_row_step;
+  const uint32_t* b = p.b + quad.column * p.b_column_step;
+  for (int64_t left = p.depth - kPairDepth; left >= 0; left -= kPairDepth) {
+    a = left > 0 ? a + kBlockA : p.a + (quad.row + 2) * p.a_row_step;
     b += p.b_depth_step;
     _tile_dpbf16ps(0, 4, 6);
     ask_for_half(a, 0);
@@ -74,11 +101,27 @@ inline __attribute__((always_inline)) void multiply_2x2(const PairProduct& p, in
     _tile_dpbf16ps(3, 5, 7);
     ask_for_half(a + p.a_row_step, 1);
     between();
+    if (left > 0) load_operands(p, a, b);
   }
+  if (next != nullptr) load_first_operands(*next);
   _tile_stored(0, c0, kStride);
   _tile_stored(1, c1, kStride);
   _tile_stored(2, c0 + kBlockC, kStride);
   _tile_stored(3, c1 + kBlockC, kStride);
+}
+
+// All quads of the products, each of which has one.
+template <class Between>
+inline __attribute__((always_inline)) void multiply_quads(const PairProduct* products, int count,
+                                                          Between&& between) {
+  Quad quad{products};
+  load_first_operands(quad);
+  for (bool more = true; more;) {
+    Quad next = quad;
+    more = next.advance(products + count);
+    multiply_quad(quad, more ? &next : nullptr, between);
+    quad = next;
+  }
 }
 
 // One block of each: what is left over.
@@ -99,17 +142,12 @@ inline void multiply_1x1(const PairProduct& p, int64_t row, int64_t column) {
 
 void multiply(const PairProduct& p) {
   const int64_t rows = p.rows / kPairRows, columns = p.columns / kPairColumns;
-  int64_t column = 0;
-  for (; column + 2 <= columns; column += 2) {
-    int64_t row = 0;
-    for (; row + 2 <= rows; row += 2) multiply_2x2(p, row, column, [] {});
-    for (; row < rows; ++row) {
-      multiply_1x1(p, row, column);
-      multiply_1x1(p, row, column + 1);
-    }
+  if (rows >= 2 && columns >= 2) multiply_quads(&p, 1, [] {});
+  if (rows % 2 != 0) {
+    for (int64_t column = 0; column < columns; ++column) multiply_1x1(p, rows - 1, column);
   }
-  for (; column < columns; ++column) {
-    for (int64_t row = 0; row < rows; ++row) multiply_1x1(p, row, column);
+  if (columns % 2 != 0) {
+    for (int64_t row = 0; row < rows / 2 * 2; ++row) multiply_1x1(p, row, columns - 1);
   }
 }
 
@@ -150,18 +188,8 @@ inline __attribute__((always_inline)) void multiply_beside(const PairProduct* pr
     return;
   }
   Spread spread(rows, slots);
-  int64_t row = 0, column = 0;
-  for (const PairProduct* p = products; p < products + count;) {
-    multiply_2x2(
-        *p, row, column, [&]() __attribute__((always_inline)) { spread(); });
-    row += 2;
-    if (row * kPairRows < p->rows) continue;
-    row = 0;
-    column += 2;
-    if (column * kPairColumns < p->columns) continue;
-    column = 0;
-    ++p;
-  }
+  multiply_quads(
+      products, count, [&]() __attribute__((always_inline)) { spread(); });
   spread.finish();
 }
 

@@ -118,14 +118,13 @@ TEST_F(Pairs, probabilities_and_the_product_beside_them_agree) {
     const auto run = [&](const PairKernels& kernels, int beside, Operands(&operands)[2]) {
       const PairProduct products[2] = {operands[0].product, operands[1].product};
       Buffer<uint32_t> pairs(kPairs);
-      Buffer<float> sum = floats(kChunkLanes, 5), largest(kChunkLanes);
-      kernels.exponentiate({scores.data, 0.7f, maximum.data, sum.data, largest.data, pairs.data,
+      Buffer<float> sum = floats(kChunkLanes, 5);
+      kernels.exponentiate({scores.data, 0.7f, maximum.data, sum.data, pairs.data,
                             kChunkKeys / 2 * kPairColumns, ahead.data},
                            products, beside);
       std::vector<uint32_t> result(pairs.data, pairs.data + kPairs);
       for (int64_t i = 0; i < kChunkLanes; ++i) {
         result.push_back(std::bit_cast<uint32_t>(sum.data[i]));
-        result.push_back(std::bit_cast<uint32_t>(largest.data[i]));
       }
       return result;
     };
@@ -168,10 +167,10 @@ TEST_F(Pairs, gradients_and_the_products_beside_them_agree) {
 TEST_F(Pairs, probabilities_are_those_of_the_formula) {
   constexpr float kScale = 0.7f;
   Buffer<float> scores = floats(kChunkKeys * kChunkLanes, 3), maximum = floats(kChunkLanes, 4);
-  Buffer<float> sum(kChunkLanes), largest(kChunkLanes);
+  Buffer<float> sum(kChunkLanes);
   Buffer<uint32_t> pairs(kChunkKeys / 2 * kChunkLanes);
   scores.data[0] = -std::numeric_limits<float>::infinity();
-  avx512().exponentiate({scores.data, kScale, maximum.data, sum.data, largest.data, pairs.data,
+  avx512().exponentiate({scores.data, kScale, maximum.data, sum.data, pairs.data,
                          kChunkKeys / 2 * kPairColumns, nullptr},
                         nullptr, 0);
   for (int64_t lane = 0; lane < kChunkLanes; ++lane) {
