@@ -209,6 +209,49 @@ class Varlen {
     return out_.data;
   }
 
+  // With k and v in rows of a cache in another order, behind a padding, and NaN behind them. All
+  // sequences have as many queries.
+  const std::vector<uint16_t>& run_cached() {
+    std::fill(out_.data.begin(), out_.data.end(), 0xFFFF);
+    const auto batch = static_cast<int64_t>(it_.lengths_k.size());
+    const int64_t capacity = args_.max_seqlen_k + 2 * batch;
+    const std::vector<int64_t> shape{batch + 1, capacity, it_.num_heads_kv, it_.head_dim};
+    Tensor k(shape, it_.is_half, 5), v(shape, it_.is_half, 6);
+    for (Tensor* tensor : {&k, &v}) std::fill(tensor->data.begin(), tensor->data.end(), 0xFFFF);
+    std::vector<int32_t> rows, paddings, lengths;
+    for (int64_t i = 0; i < batch; ++i) {
+      const auto at = static_cast<size_t>(i);
+      rows.push_back(static_cast<int32_t>(batch - i));
+      paddings.push_back(static_cast<int32_t>(2 * i));
+      lengths.push_back(static_cast<int32_t>(it_.lengths_k[at] + 2 * i));
+      const int64_t to = (batch - i) * k.strides[0] + 2 * i * k.strides[1];
+      const int64_t from = cu_k_[at] * k_.strides[0], count = it_.lengths_k[at] * k_.strides[0];
+      std::copy_n(k_.data.begin() + from, count, k.data.begin() + to);
+      std::copy_n(v_.data.begin() + from, count, v.data.begin() + to);
+    }
+    const std::vector<int64_t> per_batch{batch}, stride{1};
+    const std::vector<int64_t> shape_q{batch, it_.lengths_q[0], it_.num_heads, it_.head_dim};
+    const auto strides_q = testing::row_major_strides(shape_q);
+    fa_attention_args args = *on(FA_CUDA);
+    fa_tensor q = part(q_, 0), out = part(out_, 0);
+    for (fa_tensor* tensor : {&q, &out}) set_shape(*tensor, shape_q, strides_q);
+    const fa_tensor cache_seqlens = view(lengths, per_batch, stride, FA_CUDA, FA_INT);
+    const fa_tensor batch_idx = view(rows, per_batch, stride, FA_CUDA, FA_INT);
+    const fa_tensor leftpad = view(paddings, per_batch, stride, FA_CUDA, FA_INT);
+    args.cu_seqlens_q = args.cu_seqlens_k = nullptr;
+    args.max_seqlen_q = args.max_seqlen_k = 0;
+    args.q = &q;
+    args.out = &out;
+    args.k = k.on(FA_CUDA);
+    args.v = v.on(FA_CUDA);
+    args.cache_seqlens = &cache_seqlens;
+    args.cache_batch_idx = &batch_idx;
+    args.cache_leftpad = &leftpad;
+    args.num_splits = 1;
+    call(args);
+    return out_.data;
+  }
+
   // Each sequence as a dense call of its own.
   const std::vector<uint16_t>& run_dense() {
     std::fill(out_.data.begin(), out_.data.end(), 0);
@@ -372,6 +415,17 @@ TEST_F(CudaEmulation, pages_equal_contiguous_bitwise) {
     for (const int64_t page_size : {8, 24, 64}) {
       EXPECT_EQ(it.run_paged(page_size), contiguous) << page_size;
     }
+  }
+}
+
+TEST_F(CudaEmulation, caches_equal_dense_bitwise) {
+  for (const int64_t head_dim : {64, 128}) {
+    Varlen it({.lengths_q = {80, 80, 80}, .lengths_k = {130, 64, 257}, .head_dim = head_dim});
+    std::vector<uint16_t> cached = it.run_cached();
+    const std::vector<uint16_t> dense = it.run_dense();
+    // Rows behind the last sequence are not the cache's.
+    cached.resize(static_cast<size_t>(240 * 2 * head_dim));
+    EXPECT_TRUE(std::equal(cached.begin(), cached.end(), dense.begin())) << head_dim;
   }
 }
 
