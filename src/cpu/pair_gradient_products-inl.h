@@ -1,9 +1,6 @@
 // The five products of the backward in pairs of bfloat16.
 //
 //   S^T = K Q^T   dP^T = V dO^T   dV += P^T dO   dK += dS^T Q   dQ^T += K^T dS^T
-//
-// P and dS of several panels are gathered before dV and dK, whose sums are read and written once
-// per product.
 #if defined(FA_CPU_PAIR_GRADIENT_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef FA_CPU_PAIR_GRADIENT_PRODUCTS_INL_H_
 #undef FA_CPU_PAIR_GRADIENT_PRODUCTS_INL_H_
@@ -12,6 +9,7 @@
 #endif
 
 #include "cpu/gradient_products-inl.h"
+#include "cpu/pair_gathering-inl.h"
 #include "cpu/pair_parts-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -40,9 +38,9 @@ class PairGradientProducts {
         dk_(scratch + layout.dk),
         dv_(scratch + layout.dv),
         ds_(scratch + layout.score_gradients),
-        gathered_p_(halves(scratch + layout.gathered_p)),
-        gathered_ds_(halves(scratch + layout.gathered_ds)),
-        rows_(scratch + layout.rows) {
+        rows_(scratch + layout.rows),
+        gathered_(*call.pairs, halves(scratch + layout.gathered_p),
+                  halves(scratch + layout.gathered_ds)) {
     call_.pairs->begin();
   }
   ~PairGradientProducts() { call_.pairs->end(); }
@@ -87,16 +85,15 @@ class PairGradientProducts {
   }
 
   HWY_INLINE void start_tile(const KeyTile& tile) {
-    num_rows_ = round_up(tile.keys.end - tile.first_key, kPairRows);
-    gathered_ = {0, 0};
+    gathered_.start_tile(round_up(tile.keys.end - tile.first_key, kPairRows));
     started_ = false;
   }
 
   // Panels come in the order of their numbers. P and dS of the whole tile are there.
   HWY_INLINE void accumulate(const BackwardPanel& panel, const ScoreTile& tile, Turn turn) {
     start_panel(panel, tile);
-    gather(panel, tile, gathered_at(gathered_p_, panel.number));
-    gather(panel, tile.in(ds_), gathered_at(gathered_ds_, panel.number));
+    gathered_.round(panel, tile, gathered_.p(panel.number));
+    gathered_.round(panel, tile.in(ds_), gathered_.ds(panel.number));
     const ScoreTile ds = tile.in(ds_);
     pack_pairs(panel, ds);
     clear_pairs_around(panel, ds);
@@ -115,12 +112,9 @@ class PairGradientProducts {
     start_panel(panel, tile);
     const int64_t begin = tile.begin / kChunkKeys * kChunkKeys;
     const int64_t end = round_up(tile.end, kChunkKeys);
-    uint16_t* const p_to = gathered_at(gathered_p_, panel.number);
-    uint16_t* const ds_to = gathered_at(gathered_ds_, panel.number);
-    for (uint16_t* to : {p_to, ds_to}) {
-      clear(to, 0, begin);
-      clear(to, end, num_rows_);
-    }
+    uint16_t* const p_to = gathered_.p(panel.number);
+    uint16_t* const ds_to = gathered_.ds(panel.number);
+    for (uint16_t* to : {p_to, ds_to}) gathered_.clear_outside(to, {begin, end});
     ScoreTile pairs = tile.in(ds_);
     pairs.begin = begin;
     pairs.end = end;
@@ -180,19 +174,8 @@ class PairGradientProducts {
 
   // Makes room for a panel's P and dS.
   HWY_INLINE void start_panel(const BackwardPanel& panel, const ScoreTile& tile) {
-    if (gathered_.empty() || panel.number >= gathered_.begin + kGatheredPanels) {
-      flush();
-      gathered_ = {panel.number, panel.number};
-    }
-    // Those that were left out see nothing of the tile.
-    for (int64_t p = gathered_.end; p < panel.number; ++p) {
-      clear(gathered_at(gathered_p_, p), 0, num_rows_);
-      clear(gathered_at(gathered_ds_, p), 0, num_rows_);
-      seen_[p - gathered_.begin] = {0, 0};
-    }
-    gathered_.end = panel.number + 1;
-    seen_[panel.number - gathered_.begin] = {tile.begin / kChunkKeys * kChunkKeys,
-                                             round_up(tile.end, kChunkKeys)};
+    if (!gathered_.has_room(panel.number)) flush();
+    gathered_.add(panel.number, tile);
   }
 
   static uint16_t* halves(float* at) { return reinterpret_cast<uint16_t*>(at); }
@@ -206,86 +189,42 @@ class PairGradientProducts {
     return words(buffers_.dout_right) + number * kPanel / 2 * v_row_;
   }
 
-  // A panel's columns.
-  HWY_INLINE uint16_t* gathered_at(uint16_t* gathered, int64_t number) const {
-    return gathered + (number - gathered_.begin) * kPanel / kPairDepth * kBlockA;
-  }
-
-  // Rows [begin, end) of one panel's columns.
-  HWY_INLINE static void clear(uint16_t* columns, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      uint16_t* first = columns + row / kPairRows * kGatheredStep + row % kPairRows * kPairDepth;
-      for (int64_t c = 0; c < kPanel; c += kPairDepth) {
-        std::fill_n(first + c / kPairDepth * kBlockA, kPairDepth, uint16_t{0});
-      }
-    }
-  }
-
-  // Rounds a panel's P or dS: zero where it sees no key or has no query.
-  HWY_INLINE void gather(const BackwardPanel& panel, const ScoreTile& from, uint16_t* to) const {
-    clear(to, 0, from.begin);
-    call_.pairs->round_to_a(from.scores, from.column_step, from.begin, from.end,
-                            panel.vectors() * kLanes, kPanel, to, kGatheredStep);
-    clear(to, from.end, num_rows_);
-  }
-
-  // dV += P^T dO, dK += dS^T Q, for the panels that were gathered: rows that the same panels see
-  // together.
+  // dV += P^T dO, dK += dS^T Q, for the panels that were gathered.
   HWY_INLINE void flush() {
     if (gathered_.empty()) return;
-    int64_t first = 0;
-    while (first < num_rows_) {
-      const semantics::Range panels = panels_that_see(first);
-      int64_t end = first;
-      semantics::Range others = panels;
-      while (end < num_rows_ && others.begin == panels.begin && others.end == panels.end) {
-        end = std::min(end + kChunkKeys, num_rows_);
-        others = panels_that_see(end);
-      }
-      add_rows(first, end, panels);
-      first = end;
-    }
+    gathered_.for_each_run([&](const semantics::Range& rows, const semantics::Range& panels)
+                               HWY_ATTR { add_rows(rows, panels); });
     started_ = true;
-    gathered_ = {0, 0};
+    gathered_.forget();
   }
 
-  // From the first to the last of the gathered panels that see a row.
-  HWY_INLINE semantics::Range panels_that_see(int64_t row) const {
-    semantics::Range panels{0, 0};
-    for (int64_t p = 0; p < gathered_.end - gathered_.begin; ++p) {
-      if (row < seen_[p].begin || row >= seen_[p].end) continue;
-      if (panels.empty()) panels.begin = p;
-      panels.end = p + 1;
-    }
-    return panels;
-  }
-
-  HWY_INLINE void add_rows(int64_t first, int64_t end, semantics::Range panels) const {
+  HWY_INLINE void add_rows(const semantics::Range& rows, const semantics::Range& panels) const {
     const auto add = [&](const uint16_t* left, const uint32_t* right, int64_t row,
                          float* sums) HWY_ATTR {
       const int64_t c_column_step = call_.tile_keys * kPairColumns;
-      float* c = sums + first * kPairColumns;
+      float* c = sums + rows.begin * kPairColumns;
       if (panels.empty()) {
         for (int64_t d = 0; d < row && !started_; d += kPairColumns) {
-          std::fill_n(c + d / kPairColumns * c_column_step, (end - first) * kPairColumns, 0.0f);
+          std::fill_n(c + d / kPairColumns * c_column_step, (rows.end - rows.begin) * kPairColumns,
+                      0.0f);
         }
         return;
       }
-      call_.pairs->multiply({.a = left + first / kPairRows * kGatheredStep,
+      call_.pairs->multiply({.a = left + rows.begin / kPairRows * kGatheredStep,
                              .a_row_step = kGatheredStep,
                              .b = right,
                              .b_depth_step = kPairDepth / 2 * row,
                              .b_column_step = kBlockB,
                              .c = c,
                              .c_column_step = c_column_step,
-                             .rows = end - first,
+                             .rows = rows.end - rows.begin,
                              .columns = row,
                              .depth = (panels.end - panels.begin) * kPanel,
                              .accumulate = started_});
     };
-    const int64_t number = gathered_.begin + panels.begin;
-    add(gathered_at(gathered_p_, number), dout_pairs(number), v_row_, dv_);
-    add(gathered_at(gathered_ds_, number), q_pairs(number), k_row_, dk_);
+    const int64_t first = panels.begin;
+    add(gathered_.p(first), dout_pairs(first), v_row_, dv_);
+    add(gathered_.ds(first), q_pairs(first), k_row_, dk_);
   }
 
   // Rounds the tile's rows, times factor, to dk or dv.
@@ -299,9 +238,6 @@ class PairGradientProducts {
       run_.store_key(rows_, factor, to, key);
     }
   }
-
-  // Between blocks of rows of what is gathered.
-  static constexpr int64_t kGatheredStep = kGatheredPanels * kPanel * kPairRows;
 
   const BackwardCall& call_;
   const SequenceRun& run_;
@@ -317,13 +253,9 @@ class PairGradientProducts {
   float* const dk_;
   float* const dv_;
   float* const ds_;
-  uint16_t* const gathered_p_;  // [tile_keys][kGatheredPanels * kPanel]
-  uint16_t* const gathered_ds_;
-  float* const rows_;                            // [kPanel][k_row], or one row of v
-  int64_t num_rows_ = 0;                         // of the tile, filled up
-  semantics::Range gathered_{0, 0};              // numbers of the panels
-  semantics::Range seen_[kGatheredPanels] = {};  // their rows, in whole chunks
-  bool started_ = false;                         // dk and dv hold something
+  float* const rows_;  // [kPanel][k_row], or one row of v
+  GatheredPanels gathered_;
+  bool started_ = false;  // dk and dv hold something
 };
 
 }  // namespace HWY_NAMESPACE
