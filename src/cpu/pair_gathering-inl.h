@@ -29,19 +29,13 @@ class GatheredPanels {
   HWY_INLINE void forget() { panels_ = {0, 0}; }
   HWY_INLINE bool empty() const { return panels_.empty(); }
 
-  // Panels come in the order of their numbers.
+  // Those that are gathered follow each other.
   HWY_INLINE bool has_room(int64_t number) const {
-    return panels_.empty() || number < panels_.begin + kGatheredPanels;
+    return panels_.empty() || (number == panels_.end && number < panels_.begin + kGatheredPanels);
   }
-  // A panel that sees the rows of `tile`, for which there is room. Those between it and the one
-  // before were left out, since they see nothing.
+  // A panel that sees the rows of `tile`, for which there is room.
   HWY_INLINE void add(int64_t number, const ScoreTile& tile) {
     if (panels_.empty()) panels_ = {number, number};
-    for (int64_t other = panels_.end; other < number; ++other) {
-      clear_outside(p(other), {0, 0});
-      clear_outside(ds(other), {0, 0});
-      seen_[other - panels_.begin] = {0, 0};
-    }
     panels_.end = number + 1;
     seen_[number - panels_.begin] = {tile.begin / kChunkKeys * kChunkKeys,
                                      round_up(tile.end, kChunkKeys)};
