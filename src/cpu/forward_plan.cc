@@ -401,8 +401,9 @@ ForwardScratch ForwardScratch::layout(const AttentionProblem& problem, int64_t m
   layout.running_sum = book.take(max_panels * kMaxPanel);
   layout.k = book.take(tile_keys * padded_row(problem.head_dim));
   layout.v = book.take(tile_keys * padded_row(problem.head_dim_v));
-  // Pairs have two chunks of them, and two buffers of half their size for probabilities.
-  layout.scores = book.take((tile_keys + 2 * kChunkKeys) * kMaxPanel);
+  // Pairs have two chunks of them, and the tile's probabilities in half the size.
+  static_assert(2 * kChunkKeys + kPairTileKeys / 2 <= kPairTileKeys);
+  layout.scores = book.take(tile_keys * kMaxPanel);
   layout.rows = book.take(kMaxPanel * v_row);
   layout.total = book.total();
   return layout;

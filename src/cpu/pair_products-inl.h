@@ -7,6 +7,7 @@
 #define FA_CPU_PAIR_PRODUCTS_INL_H_
 #endif
 
+#include <cmath>
 #include <optional>
 #include <utility>
 
@@ -32,6 +33,7 @@ class PairProducts {
         scales_late_(run.may_scale_late() && !call.problem.dropout),
         scale_(scales_late_ ? call.scale_log2 : 1.0f),
         most_lag_(call.problem.wants_s_dmask ? 0.0f : kMostLag),  // which wants the maximum itself
+        most_rise_(0.5f * std::exp2(most_lag_)),
         own_k_(reinterpret_cast<uint16_t*>(scratch + layout.k)),
         own_v_(reinterpret_cast<uint16_t*>(scratch + layout.v)),
         k_(own_k_),
@@ -211,7 +213,7 @@ class PairProducts {
     std::copy_n(panel.running_sum, kPanel, before);
     run(following_ ? &*following_ : nullptr, following_ ? 1 : 0);
     following_.reset();
-    if (!may_lag_too_far(panel, before, most_lag_)) return;
+    if (!may_lag_too_far(panel, before, most_rise_)) return;
     std::copy_n(panel.running_sum, kPanel, after);
     std::copy_n(before, kPanel, panel.running_sum);
     if (raise(panel, chunk, pairs)) {
@@ -248,6 +250,7 @@ class PairProducts {
   const bool scales_late_;  // the exponential applies the scale
   const float scale_;       // by which
   const float most_lag_;
+  const float most_rise_;  // of a sum by one chunk: 2^most_lag, half of it left for rounding
   uint16_t* const own_k_;
   uint16_t* const own_v_;
   // The tile in work.

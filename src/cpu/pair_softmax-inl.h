@@ -58,12 +58,12 @@ HWY_INLINE void pack_pairs(const QueryPanel& panel, const ScoreTile& tile) {
   }
 }
 
-// Whether maxima may lag more than most_lag behind scores of a chunk that raised the sums from
-// `before`: by its largest probability at least, half of which is left for rounding. Probabilities
-// tell nothing where there is no maximum yet.
+// Whether maxima may lag too far behind scores of a chunk that raised the sums from `before`: by
+// its largest probability at least, and so by more than most_rise. Probabilities tell nothing where
+// there is no maximum yet.
 HWY_INLINE bool may_lag_too_far(const ForwardPanel& panel, const float* HWY_RESTRICT before,
-                                float most_lag) {
-  const Float most = hn::Set(kFloats, 0.5f * std::exp2(most_lag));
+                                float most_rise) {
+  const Float most = hn::Set(kFloats, most_rise);
   for (int64_t v = 0; v < panel.vectors(); ++v) {
     const Float maximum = hn::Load(kFloats, panel.running_max + v * kLanes);
     const Float rise = hn::Sub(hn::Load(kFloats, panel.running_sum + v * kLanes),

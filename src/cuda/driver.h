@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/status.h"
+#include "cuda/device/kernel_args.h"
 
 namespace fa::cuda {
 
@@ -28,11 +29,6 @@ enum class FunctionAttribute : int {
   kLocalBytes = 3,
   kRegisters = 4,
   kMaxDynamicSharedBytes = 8,
-};
-
-// CUtensorMap: how the copy engine finds the elements of a tensor.
-struct alignas(64) TensorMap {
-  uint64_t opaque[16];
 };
 
 struct Driver {

@@ -18,11 +18,6 @@ using core::Result;
 using core::Status;
 using core::TensorView;
 
-// The tensors as Hopper's kernel takes them; field for field what it calls CopyMaps.
-struct TensorMaps {
-  TensorMap q, k, v;
-};
-
 constexpr int kRowsPerWarpgroup = 64;
 
 Status make_tensor_maps(const Driver& driver, const TensorView& q, const AttentionArgs& args,
@@ -77,7 +72,7 @@ ForwardLaunch::ForwardLaunch(const AttentionProblem& problem, int device_index,
       uses_maps_(kernel.family == Family::kForward90),
       counts_tiles_(kernel.spec.varlen &&
                     varlen_blocks(problem, kernel.spec, tiles_m(problem, kernel.spec)) >
-                        kernel.spec.teams * device.properties.multiprocessors),
+                        num_teams(kernel.spec, device.properties)),
       kernel_(kernel),
       otherwise_(otherwise) {}
 

@@ -294,7 +294,7 @@ double time_of_whole_tiles(const AttentionProblem& problem, const KernelId& kern
   const KernelSpec& spec = kernel.spec;
   const double steps = static_cast<double>(num_steps(problem, spec));
   const int64_t tiles = num_tiles(problem, spec);
-  const double turns = ratio_up(tiles, spec.teams * properties.multiprocessors);
+  const double turns = ratio_up(tiles, num_teams(spec, properties));
   if (kernel.family == Family::kForward90) {
     // A warpgroup's share of a step, and 0.3 of it for each further one.
     const double key = spec.head_dim > 128 ? 0.0095 : 0.0066;
@@ -451,6 +451,10 @@ KernelId choose_s_dmask(const AttentionProblem& problem) {
   return {Family::kSDmask, spec};
 }
 
+int64_t num_teams(const KernelSpec& spec, const DeviceProperties& properties) {
+  return int64_t{spec.teams} * properties.multiprocessors;
+}
+
 int heads_per_group(const AttentionProblem& problem) {
   // Without a band all tiles of a head take equally long: one head at a time, for the L2 cache.
   // With one, the longest tiles of all heads come first: on an H100, 16384 tokens, head_dim 64,
@@ -465,7 +469,7 @@ bool takes_pairs(const AttentionProblem& problem, const KernelId& kernel,
   // Tiles that run at once end with the longest: 256 queries of 16 heads over 16384 keys took 375
   // us in pairs, each of them alone 190.
   return kernel.family == Family::kForward90 && !kernel.spec.varlen && !problem.band.unbounded() &&
-         num_tiles(problem, kernel.spec) > kernel.spec.teams * properties.multiprocessors;
+         num_tiles(problem, kernel.spec) > num_teams(kernel.spec, properties);
 }
 
 int64_t num_launched(const AttentionProblem&, const KernelId& kernel, int64_t num_blocks,

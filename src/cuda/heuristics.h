@@ -54,6 +54,9 @@ int warps_per_row(int num_splits);
 // Tiles of the longest sequence's rows, at least 1.
 int64_t tiles_m(const core::AttentionProblem& problem, const KernelSpec& spec);
 
+// forward_sm90: teams that a device has room for, one for each tile at once.
+int64_t num_teams(const KernelSpec& spec, const DeviceProperties& properties);
+
 // Heads whose blocks take turns; see ScheduleArgs. Divides num_heads.
 int heads_per_group(const core::AttentionProblem& problem);
 

@@ -55,7 +55,7 @@ template <cuda::KernelSpec kSpec>
 void add_kernel() {
   kernels()[cuda::expression({cuda::Family::kForward90, kSpec})] = [](void** arguments) {
     cuda::forward_sm90<kSpec>(*static_cast<cuda::ForwardArgs*>(arguments[0]),
-                              *static_cast<cuda::CopyMaps*>(arguments[1]));
+                              *static_cast<cuda::TensorMaps*>(arguments[1]));
   };
 }
 void add_kernels() {

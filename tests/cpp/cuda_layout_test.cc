@@ -120,7 +120,7 @@ namespace fa::cuda {
 
 // Blocks of 64 columns of the rows from `row` on, one block behind another.
 template <int kRows, int kColumns>
-__device__ void load_boxes(SharedAddress to, const CopyMap& map, int row, Barrier full) {
+__device__ void load_boxes(SharedAddress to, const TensorMap& map, int row, Barrier full) {
   if (threadIdx.x == 0) {
     full.arrive_and_expect(kRows * kColumns * 2);
     for (int column = 0; column < kColumns; column += kBlockColumns) {
@@ -146,7 +146,7 @@ __device__ Start start(unsigned char* unaligned, unsigned long long* barrier) {
 
 // What a box holds, read as a tile of mma.sync's.
 template <int kRows>
-__global__ void boxes(const __grid_constant__ CopyMap map, Half* to, int row) {
+__global__ void boxes(const __grid_constant__ TensorMap map, Half* to, int row) {
   extern __shared__ unsigned char unaligned[];
   __shared__ unsigned long long barrier;
   const Start it = start(unaligned, &barrier);
@@ -162,8 +162,8 @@ __global__ void boxes(const __grid_constant__ CopyMap map, Half* to, int row) {
 
 // to = a b^T, both of rows in shared memory.
 template <Element kElement, int kDepth, int kN>
-__global__ void __launch_bounds__(128) shared_products(const __grid_constant__ CopyMap a,
-                                                       const __grid_constant__ CopyMap b,
+__global__ void __launch_bounds__(128) shared_products(const __grid_constant__ TensorMap a,
+                                                       const __grid_constant__ TensorMap b,
                                                        float* to) {
   extern __shared__ unsigned char unaligned[];
   __shared__ unsigned long long barrier;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(128) shared_products(const __grid_constant__ C
 // to = p v: p in registers, v's rows in shared memory.
 template <Element kElement, int kDepth, int kN>
 __global__ void __launch_bounds__(128) register_products(const float* p,
-                                                         const __grid_constant__ CopyMap v,
+                                                         const __grid_constant__ TensorMap v,
                                                          float* to) {
   extern __shared__ unsigned char unaligned[];
   __shared__ unsigned long long barrier;

@@ -25,7 +25,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 
-int64_t copies = 0;
+int64_t copies_so_far = 0;
 
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
@@ -221,10 +221,10 @@ void sync(int id, unsigned threads) {
 }
 
 void copy_later(std::function<void()> copy) {
-  ++copies;
+  ++copies_so_far;
   block->copies.push_back(std::move(copy));
 }
-int64_t num_copies() { return copies; }
+int64_t num_copies() { return copies_so_far; }
 
 void multiply(std::function<void()> product) { block->current->open.push_back(std::move(product)); }
 

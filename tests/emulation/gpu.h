@@ -24,7 +24,8 @@ inline constexpr uint32_t kSharedStart = 1024;
 unsigned char* shared_memory();
 
 // `body` by each thread of each block, one block after another. What went wrong, or "": all threads
-// wait and nothing will wake them, or a barrier got more arrivals than it counts.
+// wait and nothing will wake them, or a barrier is made twice, not at all, or gets more arrivals
+// than it counts.
 std::string run(unsigned blocks, unsigned threads, uint64_t seed,
                 const std::function<void()>& body);
 

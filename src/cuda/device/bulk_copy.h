@@ -1,14 +1,10 @@
 // Hopper's copy engine, and the barriers in shared memory that it and the threads wait at.
 #pragma once
 
+#include "cuda/device/kernel_args.h"
 #include "cuda/device/ptx.h"
 
 namespace fa::cuda {
-
-// What the host's TensorMap is on the device.
-struct alignas(64) CopyMap {
-  unsigned long long opaque[16];
-};
 
 // A barrier of 8 bytes. A phase ends when as many threads have arrived as it was made for, and all
 // bytes that were announced; phases are told apart by their parity, from 0.
@@ -52,8 +48,8 @@ __device__ inline void shared_writes_fence() {
 
 // The box at (column, row, head, batch) of a tensor into shared memory; what lies outside the
 // tensor becomes zero. `barrier` hears of the bytes.
-__device__ inline void copy_box(SharedAddress to, const CopyMap& map, int column, int row, int head,
-                                int batch, Barrier barrier) {
+__device__ inline void copy_box(SharedAddress to, const TensorMap& map, int column, int row,
+                                int head, int batch, Barrier barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),

@@ -267,7 +267,8 @@ class Consumer90 {
 
 template <KernelSpec kSpec>
 __global__ void __launch_bounds__(Forward90<kSpec>::kThreads, 1)
-    forward_sm90(const __grid_constant__ ForwardArgs args, const __grid_constant__ CopyMaps maps) {
+    forward_sm90(const __grid_constant__ ForwardArgs args,
+                 const __grid_constant__ TensorMaps maps) {
   using F = Forward90<kSpec>;
   extern __shared__ unsigned char unaligned[];
   __shared__ typename Shared90<kSpec>::Of state[kSpec.teams];

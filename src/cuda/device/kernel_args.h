@@ -129,6 +129,16 @@ struct ForwardArgs {
   SplitArgs splits;
 };
 
+// CUtensorMap: how Hopper's copy engine finds the elements of a tensor.
+struct alignas(64) TensorMap {
+  unsigned long long opaque[16];
+};
+
+// What forward_sm90 reads through it.
+struct TensorMaps {
+  TensorMap q, k, v;
+};
+
 // What precedes attention over a KV cache. ForwardArgs' q is where rotated queries go.
 struct UpdateArgs {
   TensorArgs k_new, v_new;

@@ -5,10 +5,6 @@
 
 namespace fa::cuda {
 
-struct CopyMaps {
-  CopyMap q, k, v;
-};
-
 // One thread, which finds and describes a team's next tile while the producer still loads this
 // one. On an H100 at head_dim 128, with the producer's thread doing both, sequences of 512 tokens
 // ran at 387 TFLOP/s for 444.
@@ -76,7 +72,7 @@ class Producer90 {
  public:
   static constexpr int kThreads = F::kLooksUpPages ? 32 : 1;
 
-  __device__ Producer90(const ForwardArgs& args, const CopyMaps& maps,
+  __device__ Producer90(const ForwardArgs& args, const TensorMaps& maps,
                         const Shared90<kSpec>& shared)
       : args_(args), maps_(maps), shared_(shared) {}
 
@@ -157,7 +153,7 @@ class Producer90 {
     return paged_place(args_.pages, sequence, min(key, sequence.seqlen_k - 1));
   }
 
-  __device__ void load(const Tile<kSpec>& tile, int step, KeyPlace box, const CopyMap& map,
+  __device__ void load(const Tile<kSpec>& tile, int step, KeyPlace box, const TensorMap& map,
                        int num_columns, SharedAddress to, Barrier full, Barrier empty,
                        int parity) const {
     const Sequence& it = tile.sequence;
@@ -184,8 +180,8 @@ class Producer90 {
     }
   }
 
-  __device__ void load_columns(SharedAddress to, const CopyMap& map, int num_columns, KeyPlace box,
-                               int kv_head, Barrier full) const {
+  __device__ void load_columns(SharedAddress to, const TensorMap& map, int num_columns,
+                               KeyPlace box, int kv_head, Barrier full) const {
     for (int column = 0; column < num_columns; ++column) {
       copy_box(to + column * F::kKeyBlockBytes, map, column * kBlockColumns, box.row, kv_head,
                box.batch, full);
@@ -193,7 +189,7 @@ class Producer90 {
   }
 
   const ForwardArgs& args_;
-  const CopyMaps& maps_;
+  const TensorMaps& maps_;
   const Shared90<kSpec>& shared_;
   Turn<F::kQStages> q_;
   Turn<F::kStages> k_, v_;

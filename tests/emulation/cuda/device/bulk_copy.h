@@ -1,14 +1,11 @@
 // src/cuda/device/bulk_copy.h on an emulated GPU.
 #pragma once
 
+#include "cuda/device/kernel_args.h"
 #include "cuda/device/ptx.h"
 #include "stub/stub.h"
 
 namespace fa::cuda {
-
-struct alignas(64) CopyMap {
-  unsigned long long opaque[16];
-};
 
 struct Barrier {
   SharedAddress address;
@@ -45,8 +42,8 @@ inline void copy_now(SharedAddress to, const stub::Map& map, const int64_t (&fir
   emulated::bytes_came(barrier.address, int64_t{map.box_rows} * 128);
 }
 
-inline void copy_box(SharedAddress to, const CopyMap& map, int column, int row, int head, int batch,
-                     Barrier barrier) {
+inline void copy_box(SharedAddress to, const TensorMap& map, int column, int row, int head,
+                     int batch, Barrier barrier) {
   stub::Map of_tensor;
   std::memcpy(&of_tensor, &map, sizeof(of_tensor));
   emulated::copy_later([=] { copy_now(to, of_tensor, {column, row, head, batch}, barrier); });
