@@ -28,7 +28,7 @@ BackwardKernels backward_kernels<HWY_TARGET>() {
 
 template <>
 BackwardKernels pair_backward_kernels<HWY_TARGET>() {
-#if HWY_TARGET == HWY_AVX3
+#if FA_TARGET_HAS_PAIRS
   return HWY_NAMESPACE::kernels<HWY_NAMESPACE::PairGradientProducts>();
 #else
   return {};

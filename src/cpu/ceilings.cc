@@ -205,21 +205,29 @@ double multiply_pairs(const PairKernels& pairs, int64_t rows, int64_t columns, i
   return 2.0 * products * static_cast<double>(rows * columns * kDepth);
 }
 
+#if HWY_ARCH_X86
 double dot_loop(int64_t repeats) {
   return multiply_pairs(*avx512_pair_kernels(), kPairRows, 4 * kPairColumns, repeats);
 }
 double tile_loop(int64_t repeats) {
   return multiply_pairs(*amx_pair_kernels(), 2 * kPairRows, 2 * kPairColumns, repeats);
 }
+#else
+double dot_loop(int64_t repeats) {
+  return multiply_pairs(*neon_pair_kernels(), kPairRows, 2 * kPairColumns, repeats);
+}
+#endif
 #endif
 
 // The loop behind a kind; null where this processor or this build has none.
 core::Result<ArithmeticLoop> arithmetic_loop(std::string_view kind) {
   if (kind == "fp32_fma") return best_loops().multiply_add;
   if (kind == "bf16_dot" || kind == "amx_bf16") {
-#if FA_CPU_HAS_PAIRS
+#if FA_CPU_HAS_PAIRS && HWY_ARCH_X86
     if (kind == "bf16_dot" && has_avx512_bf16()) return ArithmeticLoop{dot_loop};
     if (kind == "amx_bf16" && has_amx_bf16()) return ArithmeticLoop{tile_loop};
+#elif FA_CPU_HAS_PAIRS
+    if (kind == "bf16_dot" && has_neon_bf16()) return ArithmeticLoop{dot_loop};
 #endif
     return ArithmeticLoop{nullptr};
   }

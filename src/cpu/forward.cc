@@ -21,8 +21,9 @@ ForwardKernels forward_kernels<HWY_TARGET>() {
 
 template <>
 ForwardKernels pair_forward_kernels<HWY_TARGET>() {
-#if HWY_TARGET == HWY_AVX3
+#if FA_TARGET_HAS_PAIRS
   using namespace HWY_NAMESPACE;
+  static_assert(kLanes == kPairColumns);
   return {forward_attend<PairProducts>, forward_combine, update_cache, pack_tiles};
 #else
   return {};

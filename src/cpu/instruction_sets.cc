@@ -23,23 +23,27 @@ bool has_sse4() { return __builtin_cpu_supports("sse4.2"); }
 bool always() { return true; }
 
 #if FA_CPU_HAS_PAIRS
+// A target's kernels with other products. Q and O^T of a panel stay in cache more easily: servers
+// with these instructions have at least 1 MiB of L2 per core.
+template <int64_t kTarget>
+void add_pairs(const char* name, bool (*supported)(), const PairKernels* pairs,
+               const RowPairKernels* row_pairs, std::vector<InstructionSet>& list) {
+  constexpr int64_t kPanelBytes = 512 * 1024;
+  list.push_back({name, supported, pair_forward_kernels<kTarget>(),
+                  pair_backward_kernels<kTarget>(), panel_size<kTarget>(), kPairTileKeys,
+                  kPanelBytes, pairs});
+  list.back().backward_tasks = 64;
+  list.back().row_pairs = row_pairs;
+}
+#endif
+
+#if FA_CPU_HAS_PAIRS && HWY_ARCH_X86
 bool has_amx() { return has_avx512() && has_amx_bf16(); }
 bool has_pairs() { return has_avx512() && has_avx512_bf16(); }
 
-// AVX-512's kernels with other products. Q and O^T of a panel stay in cache more easily: servers
-// with these instructions have at least 1 MiB of L2 per core.
-void add_pairs(const char* name, bool (*supported)(), const PairKernels* pairs,
-               std::vector<InstructionSet>& list) {
-  constexpr int64_t kPanelBytes = 512 * 1024;
-  list.push_back({name, supported, pair_forward_kernels<HWY_AVX3>(),
-                  pair_backward_kernels<HWY_AVX3>(), panel_size<HWY_AVX3>(), kPairTileKeys,
-                  kPanelBytes, pairs});
-  list.back().backward_tasks = 64;
-}
-
 void add_avx512_bf16(std::vector<InstructionSet>& list) {
-  add_pairs("cpu:avx512_bf16", has_pairs, avx512_pair_kernels(), list);
-  list.back().row_pairs = avx512_row_pair_kernels();
+  add_pairs<HWY_AVX3>("cpu:avx512_bf16", has_pairs, avx512_pair_kernels(),
+                      avx512_row_pair_kernels(), list);
 }
 #endif
 
@@ -65,8 +69,8 @@ std::vector<InstructionSet> instruction_sets() {
 #if HWY_ARCH_X86
   const bool is_amd = __builtin_cpu_is("amd");
 #endif
-#if FA_CPU_HAS_PAIRS
-  add_pairs("cpu:amx", has_amx, amx_pair_kernels(), list);
+#if FA_CPU_HAS_PAIRS && HWY_ARCH_X86
+  add_pairs<HWY_AVX3>("cpu:amx", has_amx, amx_pair_kernels(), nullptr, list);
   // The dot products run at the speed of two FMAs on Zen 4 (164 GFLOP/s against 94 of fp32 FMAs),
   // and slower than the FMAs on Sapphire Rapids (72 against 105).
   if (is_amd) add_avx512_bf16(list);
@@ -78,12 +82,17 @@ std::vector<InstructionSet> instruction_sets() {
   add_if_compiled<HWY_AVX3>("cpu:avx512", has_avx512, list);
   if (is_amd) add_avx512_wide(list);
 #endif
-#if FA_CPU_HAS_PAIRS
+#if FA_CPU_HAS_PAIRS && HWY_ARCH_X86
   if (!is_amd) add_avx512_bf16(list);
 #endif
 #if HWY_ARCH_X86
   add_if_compiled<HWY_AVX2>("cpu:avx2", has_avx2, list);
   add_if_compiled<HWY_SSE4>("cpu:sse4", has_sse4, list);
+#endif
+#if FA_CPU_HAS_PAIRS && HWY_ARCH_ARM
+  // BFMMLA has four times the multiply-adds of an FMA, and starts as often on Neoverse N2, V1, V2.
+  add_pairs<HWY_NEON>("cpu:neon_bf16", has_neon_bf16, neon_pair_kernels(), neon_row_pair_kernels(),
+                      list);
 #endif
   add_if_compiled<HWY_NEON>("cpu:neon", always, list);
   add_if_compiled<HWY_EMU128>("cpu:baseline", always, list);

@@ -82,9 +82,11 @@ class GatheredPanels {
   // Rows [begin, end) of one panel's columns.
   HWY_INLINE static void clear(uint16_t* columns, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      uint16_t* first = columns + row / kPairRows * kGatheredStep + row % kPairRows * kPairDepth;
-      for (int64_t c = 0; c < kPanel; c += kPairDepth) {
-        std::fill_n(first + c / kPairDepth * kBlockA, kPairDepth, uint16_t{0});
+      uint16_t* blocks = columns + row / kPairRows * kGatheredStep;
+      for (int64_t c = 0; c < kPanel; c += kRunOfA) {
+        std::fill_n(
+            blocks + c / kPairDepth * kBlockA + place_in_block_a(row % kPairRows, c % kPairDepth),
+            kRunOfA, uint16_t{0});
       }
     }
   }

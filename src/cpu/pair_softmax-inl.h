@@ -21,31 +21,48 @@ HWY_INLINE void clear_pairs_around(const QueryPanel& panel, const ScoreTile& til
       std::fill_n(tile.at(begin, v), (end - begin) * kLanes, 0.0f);
     }
   };
-  clear(tile.begin / kPairDepth * kPairDepth / 2, tile.begin / 2);
-  clear((tile.end + 1) / 2, round_up(tile.end, kPairDepth) / 2);
+  clear(tile.begin / kPairDepth * kPairDepth / 2, tile.begin / kPairStep * kPairStep / 2);
+  clear(round_up(tile.end, kPairStep) / 2, round_up(tile.end, kPairDepth) / 2);
 }
 
-// Rounds value(row) of the rows [begin, end) of a column to pairs; what is missing from a pair is
+// kPairStep rows of one column, rounded.
+HWY_INLINE void store_step(const Float (&rows)[kPairStep], float* to) {
+  const Word pair = pair_of_bfloat16(rows[0], rows[1]);
+#if defined(__aarch64__) && HWY_TARGET != HWY_SCALAR
+  const Word next = pair_of_bfloat16(rows[2], rows[3]);
+  hn::Store(hn::BitCast(kFloats, hn::InterleaveLower(kWords, pair, next)), kFloats, to);
+  hn::Store(hn::BitCast(kFloats, hn::InterleaveUpper(kWords, pair, next)), kFloats, to + kLanes);
+#else
+  hn::Store(hn::BitCast(kFloats, pair), kFloats, to);
+#endif
+}
+
+// Rounds value(row) of the rows [begin, end) of a column to pairs; what is missing from a step is
 // zero. Returns the values' sum.
 template <class ValueOf>
 HWY_INLINE Float store_pairs(int64_t begin, int64_t end, float* to, ValueOf&& value) {
   const Float none = hn::Zero(kFloats);
+  if (begin >= end) return none;
   Float sum0 = none, sum1 = none;
-  const auto store = [&](Float even, Float odd, int64_t row) HWY_ATTR {
-    sum0 = hn::Add(sum0, even);
-    sum1 = hn::Add(sum1, odd);
-    hn::Store(hn::BitCast(kFloats, pair_of_bfloat16(even, odd)), kFloats, to + row / 2 * kLanes);
+  const auto store = [&](int64_t first, auto&& value_of) HWY_ATTR {
+    Float rows[kPairStep];
+    for (int64_t i = 0; i < kPairStep; i += 2) {
+      rows[i] = value_of(first + i);
+      rows[i + 1] = value_of(first + i + 1);
+      sum0 = hn::Add(sum0, rows[i]);
+      sum1 = hn::Add(sum1, rows[i + 1]);
+    }
+    store_step(rows, to + first / 2 * kLanes);
   };
-  int64_t row = begin;
-  if (row % 2 != 0) {
-    store(none, value(row), row - 1);
-    ++row;
+  const auto value_or_none = [&](int64_t row)
+                                 HWY_ATTR { return row < begin || row >= end ? none : value(row); };
+  int64_t row = begin / kPairStep * kPairStep;
+  if (row < begin) {
+    store(row, value_or_none);
+    row += kPairStep;
   }
-  for (; row + 2 <= end; row += 2) {
-    const Float even = value(row), odd = value(row + 1);
-    store(even, odd, row);
-  }
-  if (row < end) store(value(row), none, row);
+  for (; row + kPairStep <= end; row += kPairStep) store(row, value);
+  if (row < end) store(row, value_or_none);
   return hn::Add(sum0, sum1);
 }
 

@@ -1,10 +1,12 @@
-// Matrix products of bfloat16 pairs with fp32 sums, as AVX512-BF16 and AMX have them: each step
-// multiplies two neighbours along the summed axis. Implemented without Highway, which has neither,
-// in sources with compiler flags of their own.
+// Matrix products of bfloat16 with fp32 sums, by instructions that multiply neighbours along the
+// summed axis: pairs, as AVX512-BF16 and AMX have them, or four, as Arm's BFMMLA does. Implemented
+// without Highway, which has none of them, in sources with compiler flags of their own.
 //
-// Matrices are cut into blocks of 1 KiB, a tile register of AMX each, whose 64-byte rows lie end to
-// end: rows that are a power of two apart would collide in the L1 cache.
-//   A: 16 rows x 32 of depth   B: 32 of depth x 16 columns, pairs   C: 16 rows x 16 columns, fp32
+// Matrices are cut into blocks, whose parts lie end to end: rows that are a power of two apart
+// would collide in the L1 cache. On x86 a block is a tile register of AMX, of 16 rows of 64 bytes:
+//   A: 16 rows x 32 of depth   B: 16 pairs of depth x 16 columns   C: 16 rows x 16 columns, fp32
+// On Arm the instruction's operands lie end to end, 2 rows or 2 columns of 4 each:
+//   A: 2 x [8 steps of depth][8 rows][4]   B: [8 steps of depth][4 columns][4]   C: 16 x 4, fp32
 #pragma once
 
 #include <cstdint>
@@ -12,15 +14,33 @@
 namespace fa::cpu {
 
 // What a product's dimensions are multiples of; buffers are filled up with zeros.
-inline constexpr int64_t kPairRows = 16;     // of A and C
-inline constexpr int64_t kPairColumns = 16;  // of B and C
-inline constexpr int64_t kPairDepth = 32;    // the summed axis
+inline constexpr int64_t kPairRows = 16;   // of A and C
+inline constexpr int64_t kPairDepth = 32;  // the summed axis
+#if defined(__aarch64__)
+inline constexpr int64_t kPairColumns = 4;  // of B and C: as many as a vector holds sums
+inline constexpr int64_t kPairStep = 4;     // of depth that lie side by side in B
+inline constexpr int64_t kRunOfA = 4;       // and in A
+inline constexpr int64_t kNearRowsOfA = 8;
+#else
+inline constexpr int64_t kPairColumns = 16;
+inline constexpr int64_t kPairStep = 2;
+inline constexpr int64_t kRunOfA = kPairDepth;
+inline constexpr int64_t kNearRowsOfA = 1;  // whose runs lie side by side
+#endif
 
 // Elements of a block: bfloat16 of A, words of B, each the pair of elements 2r (its low half) and
 // 2r + 1 of a column, and fp32 of C.
 inline constexpr int64_t kBlockA = kPairRows * kPairDepth;
 inline constexpr int64_t kBlockB = kPairDepth / 2 * kPairColumns;
 inline constexpr int64_t kBlockC = kPairRows * kPairColumns;
+
+// Where a run of A starts within its block. Always inlined: sources with other compiler flags must
+// share no code.
+inline __attribute__((always_inline)) constexpr int64_t place_in_block_a(int64_t row,
+                                                                         int64_t depth) {
+  return row / kNearRowsOfA * kNearRowsOfA * kPairDepth + depth * kNearRowsOfA +
+         row % kNearRowsOfA * kRunOfA;
+}
 
 // C = A B, or += A B. Blocks of A lie end to end along the depth, those of C along the rows; the
 // steps, in elements, lead to the next block of rows, of depth or of columns.
@@ -58,7 +78,7 @@ struct PairProbabilities {
   float scale;
   const float* maximum;  // [kChunkLanes], finite
   float* sum;            // [kChunkLanes]
-  uint32_t* pairs;       // [kChunkKeys / 2][kPairColumns] of each block of columns
+  uint32_t* pairs;       // blocks of B: [kChunkKeys][kPairColumns] of each block of columns
   int64_t column_step;   // words
   const char* ahead;     // kChunkAhead bytes to be had in L2 soon, or null
 };
@@ -106,10 +126,12 @@ struct PairKernels {
                      int64_t columns, int64_t all_columns, uint16_t* to, int64_t row_step);
 };
 
-const PairKernels* avx512_pair_kernels();
-const PairKernels* amx_pair_kernels();
 // By this processor and operating system; the latter also grants the process its tile registers.
 bool has_avx512_bf16();
 bool has_amx_bf16();
+bool has_neon_bf16();
+const PairKernels* avx512_pair_kernels();
+const PairKernels* amx_pair_kernels();
+const PairKernels* neon_pair_kernels();
 
 }  // namespace fa::cpu

@@ -43,7 +43,7 @@ class RowPairProducts : public RowProducts {
     return ceil_div(num_lanes, 4) * ceil_div(head_dim, kPairDepth);
   }
   static int64_t value_steps(int64_t num_lanes, int64_t head_dim_v) {
-    return std::max<int64_t>(head_dim_v * std::min<int64_t>(num_lanes, 8) / 16 / kMaxLanes / 2, 1);
+    return std::max<int64_t>(head_dim_v * std::min<int64_t>(num_lanes, 8) / kRowPairSums / 2, 1);
   }
 
   template <core::DataType>

@@ -1,5 +1,6 @@
-// Products for few queries in pairs of bfloat16, as AVX512-BF16 has them: rows of keys and values
-// are multiplied where they lie, without widening. In a source with compiler flags of its own.
+// Products for few queries in pairs of bfloat16, as AVX512-BF16 and Arm's BFDOT have them: rows of
+// keys and values are multiplied where they lie, without widening. In sources with compiler flags
+// of their own.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,12 @@
 namespace fa::cpu {
 
 inline constexpr int64_t kRowPairKeys = 4;  // rows of one product of scores
+// Sums of a register tile of values.
+#if defined(__aarch64__)
+inline constexpr int64_t kRowPairSums = 64;
+#else
+inline constexpr int64_t kRowPairSums = 256;
+#endif
 
 // to[lane][0 .. kRowPairKeys) = scale * <q[lane], row>.
 struct RowPairScores {
@@ -44,5 +51,6 @@ struct RowPairKernels {
 };
 
 const RowPairKernels* avx512_row_pair_kernels();
+const RowPairKernels* neon_row_pair_kernels();
 
 }  // namespace fa::cpu

@@ -12,3 +12,7 @@
 #define HWY_DISABLED_TARGETS (FA_SIZELESS_TARGETS | HWY_SSSE3 | HWY_AVX3_DL)
 #endif
 #define HWY_COMPILE_ALL_ATTAINABLE
+
+// Whether the target in work has the kernels in pairs of bfloat16, whose vectors are as wide as
+// their blocks of columns.
+#define FA_TARGET_HAS_PAIRS (FA_CPU_HAS_PAIRS && (HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON))

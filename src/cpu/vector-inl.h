@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "core/tensor_view.h"
+#include "cpu/exp2_polynomial.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace fa::cpu {
@@ -60,20 +61,18 @@ HWY_INLINE Float at_least(float low, Float x) {
 }
 
 // 2^x, relative error under 2e-7; 0 for x <= -127, -inf included; NaN for NaN. x < 128.
-// Minimax polynomial on [-1/2, 1/2] whose constant term is 1, so that exp2(0) is exactly 1.
 HWY_INLINE Float exp2(Float x) {
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it, biased, in the low mantissa bits.
-  const Float magic = hn::Set(kFloats, 12582912.0f + 127.0f);
+  const Float magic = hn::Set(kFloats, kExp2Magic);
   x = at_least(-127.0f, x);
   const Float shifted = hn::Add(x, magic);
   const Float f = hn::Sub(x, hn::Sub(shifted, magic));
   const Float power = hn::BitCast(kFloats, hn::ShiftLeft<23>(hn::BitCast(kWords, shifted)));
-  Float p = hn::Set(kFloats, 0.0013264714507386088f);
-  p = hn::MulAdd(p, f, hn::Set(kFloats, 0.009671512991189957f));
-  p = hn::MulAdd(p, f, hn::Set(kFloats, 0.05550733953714371f));
-  p = hn::MulAdd(p, f, hn::Set(kFloats, 0.24022242426872253f));
-  p = hn::MulAdd(p, f, hn::Set(kFloats, 0.6931470036506653f));
-  p = hn::MulAdd(p, f, hn::Set(kFloats, 1.0f));
+  Float p = hn::Set(kFloats, kExp2Polynomial[0]);
+  p = hn::MulAdd(p, f, hn::Set(kFloats, kExp2Polynomial[1]));
+  p = hn::MulAdd(p, f, hn::Set(kFloats, kExp2Polynomial[2]));
+  p = hn::MulAdd(p, f, hn::Set(kFloats, kExp2Polynomial[3]));
+  p = hn::MulAdd(p, f, hn::Set(kFloats, kExp2Polynomial[4]));
+  p = hn::MulAdd(p, f, hn::Set(kFloats, kExp2Polynomial[5]));
   return hn::Mul(p, power);
 }
 

@@ -4,55 +4,17 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
 #include <utility>
 #include <vector>
 
 #include "cpu/pairs.h"
-#include "tests/cpp/testing.h"
+#include "tests/cpp/pair_buffers.h"
 
 namespace fa::cpu {
 
 const PairKernels* emulated_pair_kernels();
 
 namespace {
-
-using testing::Random;
-
-// From a cache line on.
-template <class T>
-struct Buffer {
-  explicit Buffer(int64_t count) : storage(count + 64 / sizeof(T)) {
-    const auto address = reinterpret_cast<uintptr_t>(storage.data());
-    data = storage.data() + (64 - address % 64) % 64 / sizeof(T);
-    size = count;
-  }
-  Buffer(Buffer&&) = default;  // the elements stay where they are
-  Buffer& operator=(Buffer&&) = default;
-  std::vector<T> storage;
-  T* data;
-  int64_t size;
-};
-
-Buffer<uint16_t> halves(int64_t count, uint64_t seed) {
-  Buffer<uint16_t> buffer(count);
-  Random random(seed);
-  for (int64_t i = 0; i < count; ++i) {
-    const auto value = static_cast<float>(random.normal());
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    buffer.data[i] = static_cast<uint16_t>(bits >> 16);
-  }
-  return buffer;
-}
-
-Buffer<float> floats(int64_t count, uint64_t seed) {
-  Buffer<float> buffer(count);
-  Random random(seed);
-  for (int64_t i = 0; i < count; ++i) buffer.data[i] = static_cast<float>(random.normal());
-  return buffer;
-}
 
 // The dot products sum in another order.
 void expect_near(const Buffer<float>& one, const Buffer<float>& other, const char* what) {
@@ -161,30 +123,6 @@ TEST_F(Pairs, gradients_and_the_products_beside_them_agree) {
     Operands other[2] = {{kChunkKeys, kChunkLanes, depth, 9}, {kChunkKeys, kChunkLanes, 64, 19}};
     EXPECT_EQ(run(amx(), one), run(avx512(), other)) << "depth " << depth;
     for (int i = 0; i < 2; ++i) expect_near(one[i].c, other[i].c, "c");
-  }
-}
-
-TEST_F(Pairs, probabilities_are_those_of_the_formula) {
-  constexpr float kScale = 0.7f;
-  Buffer<float> scores = floats(kChunkKeys * kChunkLanes, 3), maximum = floats(kChunkLanes, 4);
-  Buffer<float> sum(kChunkLanes);
-  Buffer<uint32_t> pairs(kChunkKeys / 2 * kChunkLanes);
-  scores.data[0] = -std::numeric_limits<float>::infinity();
-  avx512().exponentiate({scores.data, kScale, maximum.data, sum.data, pairs.data,
-                         kChunkKeys / 2 * kPairColumns, nullptr},
-                        nullptr, 0);
-  for (int64_t lane = 0; lane < kChunkLanes; ++lane) {
-    double expected_sum = 0;
-    for (int64_t key = 0; key < kChunkKeys; ++key) {
-      const float s = scores.data[lane / 16 * kChunkColumn + key * 16 + lane % 16];
-      const double p = std::exp2(double{s} * kScale - maximum.data[lane]);
-      expected_sum += p;
-      const uint32_t pair = pairs.data[lane / 16 * kChunkColumn / 2 + key / 2 * 16 + lane % 16];
-      const uint32_t bits = key % 2 == 0 ? pair << 16 : pair & 0xFFFF0000u;
-      EXPECT_NEAR(std::bit_cast<float>(bits), p, p * 0x1.01p-8)
-          << "key " << key << " lane " << lane;
-    }
-    EXPECT_NEAR(sum.data[lane], expected_sum, expected_sum * 1e-6);
   }
 }
 
