@@ -71,7 +71,7 @@ class BackwardTaskRun {
       }
     }
     run_.for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
-      products_.load_tile(tile);
+      products_.load_tile(tile, num_panels_);
       products_.start_tile(tile);
       const int64_t last = last_panel(tile);
       for (int64_t p = 0; p <= last; ++p) {
@@ -128,7 +128,7 @@ class BackwardTaskRun {
     }
   }
 
-  HWY_INLINE void load_tile(const KeyTile& tile) const { products_.load_tile(tile); }
+  HWY_INLINE void load_tile(const KeyTile& tile) { products_.load_tile(tile, num_panels_); }
 
   HWY_INLINE BackwardPanel panel(int64_t index, int64_t chunk = 0) const {
     const bool own = call_.owns_panels();

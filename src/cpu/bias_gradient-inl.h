@@ -75,7 +75,7 @@ class BiasGradientRun {
     const auto heads = range(bias_extent(to_, 3) > 1, task_.head_kv, problem.num_heads);
     for (int64_t batch = batches.begin; batch < batches.end; ++batch) {
       for (int64_t head = heads.begin; head < heads.end; ++head) {
-        const TaskRun run(call_, batch, head / call_.group, scratch_);
+        TaskRun run(call_, batch, head / call_.group, scratch_);
         const int64_t index = block * call_.group + head % call_.group;
         const KeyTile keys{
             {tile * call_.tile_keys,
@@ -86,7 +86,7 @@ class BiasGradientRun {
     }
   }
 
-  HWY_INLINE void add(const TaskRun& run, const BackwardPanel& panel, const KeyTile& keys) const {
+  HWY_INLINE void add(TaskRun& run, const BackwardPanel& panel, const KeyTile& keys) const {
     const ScoreTile tile = run.run().score_tile(panel, keys, run.scores());
     if (tile.begin >= tile.end) return;
     run.load_tile(keys);

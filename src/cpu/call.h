@@ -230,8 +230,9 @@ struct InstructionSet {
   BackwardKernels backward;
   int64_t panel;
   int64_t tile_keys = kTileKeys;  // of the forward
-  // Half of a core's L2, for the state of a task's panels; the rest is for keys, values and scores.
-  int64_t panel_bytes = 256 * 1024;
+  // For the state of a task's panels. It is read in order, so that it may exceed a core's L2: where
+  // fewer panels share a tile, its rows are copied again, whose pages of memory are far apart.
+  int64_t panel_bytes = 1024 * 1024;
   const PairKernels* pairs = nullptr;  // where set, the kernels take bfloat16 alone
   CeilingLoops ceilings{};             // none: those of a set behind it in the list hold for it too
   int64_t backward_tile_keys = kLongTileKeys;

@@ -53,7 +53,7 @@ class ForwardTaskRun {
   HWY_INLINE void run() {
     const semantics::Range keys = start();
     run_.for_each_tile(keys, [&](const KeyTile& tile) HWY_ATTR {
-      products_.load_keys(tile);
+      products_.load_keys(tile, task_.num_panels);
       products_.load_values(tile);
       for (int64_t p = 0; p < task_.num_panels; ++p) attend(p, tile);
     });
@@ -235,7 +235,7 @@ class ForwardTaskRun {
   // exp(s - max s), negative where dropped: a second pass, once the maxima are known. For tests.
   HWY_INLINE void write_s_dmask(semantics::Range keys) {
     run_.for_each_tile(keys, [&](const KeyTile& key_tile) HWY_ATTR {
-      products_.load_keys(key_tile);
+      products_.load_keys(key_tile, task_.num_panels);
       for (int64_t p = 0; p < task_.num_panels; ++p) {
         const ForwardPanel& panel = panels_[p];
         const ScoreTile tile = run_.score_tile(panel, key_tile, scores_);

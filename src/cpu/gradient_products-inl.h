@@ -68,20 +68,21 @@ class FloatGradientProducts {
     pack_rows(call_.args.dout, v_row_, 1.0f, dout_rows(panel), panel.dout);
   }
 
-  HWY_INLINE void load_tile(const KeyTile& tile) const {
+  HWY_INLINE void load_tile(const KeyTile& tile, int64_t num_panels) {
     run_.load_rows(call_.args.k, tile, k_row_, k_);
-    run_.load_rows(call_.args.v, tile, v_row_, v_);
+    left_v_ = run_.left_rows(call_.args.v, tile, num_panels, Shapes::Scores::kRows, v_row_, v_);
   }
 
   // S = Q K^T.
   HWY_INLINE void scores(const BackwardPanel& panel, const ScoreTile& tile) const {
-    score_product<Shapes>(panel.q, panel.vectors(), k_, k_row_, call_.problem.head_dim,
+    const LeftRows k{{nullptr, 0}, 0, {k_, k_row_}};
+    score_product<Shapes>(panel.q, panel.vectors(), k, call_.problem.head_dim,
                           run_.keys_of(panel, tile), p_);
   }
 
   // dP = dO V^T.
   HWY_INLINE void probability_gradients(const BackwardPanel& panel, const ScoreTile& tile) const {
-    score_product<Shapes>(panel.dout, panel.vectors(), v_, v_row_, call_.problem.head_dim_v,
+    score_product<Shapes>(panel.dout, panel.vectors(), left_v_, call_.problem.head_dim_v,
                           run_.keys_of(panel, tile), ds_);
   }
 
@@ -213,6 +214,7 @@ class FloatGradientProducts {
   int64_t num_rows_ = 0;            // of the tile
   semantics::Range written_{0, 0};  // of those, by products
   bool started_ = false;            // dk_ and dv_ hold something
+  LeftRows left_v_{};               // of the tile
 };
 
 }  // namespace HWY_NAMESPACE

@@ -50,8 +50,8 @@ void add_avx512_bf16(std::vector<InstructionSet>& list) {
 template <int64_t kTarget, ForwardKernels (*kForward)() = forward_kernels<kTarget>>
 void add_if_compiled(const char* name, bool (*supported)(), std::vector<InstructionSet>& list) {
   if constexpr ((HWY_TARGETS & kTarget) != 0) {
-    list.push_back({name, supported, kForward(), backward_kernels<kTarget>(), panel_size<kTarget>(),
-                    kTileKeys, 256 * 1024, nullptr});
+    list.push_back(
+        {name, supported, kForward(), backward_kernels<kTarget>(), panel_size<kTarget>()});
     list.back().ceilings = ceiling_loops<kTarget>();
   }
 }

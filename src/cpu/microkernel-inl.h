@@ -92,6 +92,22 @@ struct FinishedRows {
   }
 };
 
+// Rows of a left factor: the first ones lie wherever they do, the others are copies.
+struct LeftRows {
+  struct From {
+    const float* rows;
+    int64_t row;
+  };
+  From given;         // from row 0
+  int64_t num_given;  // a multiple of a register tile's rows
+  From copies;        // from row 0
+
+  HWY_INLINE From from(int64_t first) const {
+    const From& part = first < num_given ? given : copies;
+    return {part.rows + first * part.row, part.row};
+  }
+};
+
 // Leaves C[kTileRows][kWide vectors] (+)= sum over n of a[r][n] * b[n][...] in `to`, where a is
 // broadcast and element (r, n) of a lies at a[r * a_row + n * a_step]. `to` is c where it is of the
 // same type.
@@ -160,13 +176,12 @@ HWY_NOINLINE void score_tile(const float* HWY_RESTRICT q, const float* HWY_RESTR
 }
 
 // S^T[key][query] = sum_d K[key][d] Q^T[d][query], for whole register tiles of keys.
-// q: [kPanel / kStripLanes][depth][kStripLanes], k: [keys][k_row], scores: [keys][kPanel].
+// q: [kPanel / kStripLanes][depth][kStripLanes], scores: [keys][kPanel].
 // keys_of(first, last) gives the keys that matter to the queries in [first, last); those of other
 // keys stay undefined. Its ends do not fall from one query to the next.
 template <class TileShapes, class KeysOf>
-HWY_INLINE void score_product(const float* HWY_RESTRICT q, int64_t query_vectors,
-                              const float* HWY_RESTRICT k, int64_t k_row, int64_t depth,
-                              KeysOf&& keys_of, float* HWY_RESTRICT scores) {
+HWY_INLINE void score_product(const float* HWY_RESTRICT q, int64_t query_vectors, const LeftRows& k,
+                              int64_t depth, KeysOf&& keys_of, float* HWY_RESTRICT scores) {
   constexpr int kRows = TileShapes::Scores::kRows;
   constexpr int kVectors = TileShapes::Scores::kVectors;
   static_assert(kPanel % kStripLanes<TileShapes> == 0 && kTileKeys % kRows == 0);
@@ -181,8 +196,9 @@ HWY_INLINE void score_product(const float* HWY_RESTRICT q, int64_t query_vectors
     for (int64_t key = seen[0].begin / kRows * kRows; key < seen[count - 1].end; key += kRows) {
       while (first < count && seen[first].end <= key) ++first;
       while (last < count && seen[last].begin < key + kRows) ++last;
+      const LeftRows::From rows = k.from(key);
       with_width<kVectors>(last - first, [&](auto width) HWY_ATTR {
-        score_tile<TileShapes, width()>(strip_q + first * kLanes, k + key * k_row, k_row, depth,
+        score_tile<TileShapes, width()>(strip_q + first * kLanes, rows.rows, rows.row, depth,
                                         scores + key * kPanel + (strip + first) * kLanes);
       });
     }

@@ -65,7 +65,7 @@ class PairGradientProducts {
     pack_rows(call_.args.dout, panel.dout, dout_pairs(panel.number), v_row_);
   }
 
-  HWY_INLINE void load_tile(const KeyTile& tile) const {
+  HWY_INLINE void load_tile(const KeyTile& tile, int64_t) const {
     const uint16_t* rows[kPairTileKeys];
     const int64_t count = tile.keys.end - tile.first_key;
     run_.find_rows(call_.args.v, tile, rows);

@@ -54,7 +54,7 @@ class PairProducts {
                                    reinterpret_cast<uint32_t*>(panel.q), depth_ / 2 * kPairColumns);
   }
 
-  HWY_INLINE void load_keys(const KeyTile& tile) {
+  HWY_INLINE void load_keys(const KeyTile& tile, int64_t) {
     if (call_.packed.tiles != nullptr) {
       k_ = packed_keys(call_, run_, tile);
     } else {

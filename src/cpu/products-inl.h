@@ -40,15 +40,15 @@ class FloatProductsOf {
     run_.template load_transposed<kStripLanes<TileShapes>>(call_.q, panel, call_.scale_log2,
                                                            scores_, panel.q);
   }
-  HWY_INLINE void load_keys(const KeyTile& tile) const {
-    run_.load_rows(call_.args.k, tile, k_row_, k_);
+  HWY_INLINE void load_keys(const KeyTile& tile, int64_t num_panels) {
+    left_k_ = run_.left_rows(call_.args.k, tile, num_panels, TileShapes::Scores::kRows, k_row_, k_);
   }
   HWY_INLINE void load_values(const KeyTile& tile) const {
     run_.load_rows(call_.args.v, tile, v_row_, v_);
   }
 
   HWY_INLINE void scores(const ForwardPanel& panel, const ScoreTile& tile) const {
-    score_product<TileShapes>(panel.q, panel.vectors(), k_, k_row_, call_.problem.head_dim,
+    score_product<TileShapes>(panel.q, panel.vectors(), left_k_, call_.problem.head_dim,
                               run_.keys_of(panel, tile), tile.scores);
   }
 
@@ -81,6 +81,7 @@ class FloatProductsOf {
   float* const k_;       // [tile_keys][k_row]
   float* const v_;       // [tile_keys][v_row]
   float* const scores_;  // [tile_keys][kPanel]
+  LeftRows left_k_{};    // of the tile in work
 };
 
 using FloatProducts = FloatProductsOf<Shapes>;

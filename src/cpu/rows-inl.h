@@ -63,6 +63,27 @@ class SequenceRows {
     });
   }
 
+  // The tile's rows of k or v for num_panels to be held against. Where they are few, copies in
+  // `copies`, as load_rows makes them, would cost more than they save: rows of fp32 are left where
+  // they lie, but for those that do not fill a register tile of so many.
+  HWY_INLINE LeftRows left_rows(const core::TensorView& from, const KeyTile& tile,
+                                int64_t num_panels, int64_t tile_rows, int64_t row_size,
+                                float* HWY_RESTRICT copies) const {
+    constexpr int64_t kFewPanels = 2;
+    LeftRows left{{nullptr, 0}, 0, {copies, row_size}};
+    KeyTile rest = tile;
+    if (num_panels <= kFewPanels && from.dtype == core::DataType::kFloat32 &&
+        problem_.page_size == 0) {
+      const core::Rows rows = core::key_rows(from, sequence_);
+      left.given = {from.as<const float>() + key_offset(from, rows, tile.first_key),
+                    rows.row_stride};
+      left.num_given = (tile.keys.end - tile.first_key) / tile_rows * tile_rows;
+      rest.keys.begin = std::max<int64_t>(rest.keys.begin, tile.first_key + left.num_given);
+    }
+    load_rows(from, rest, row_size, copies);
+    return left;
+  }
+
   // Where the tile's rows of 16-bit elements lie, from row 0 on; null where it has no key.
   HWY_INLINE void find_rows(const core::TensorView& from, const KeyTile& tile,
                             const uint16_t** to) const {
