@@ -90,7 +90,8 @@ std::vector<InstructionSet> instruction_sets() {
   add_if_compiled<HWY_SSE4>("cpu:sse4", has_sse4, list);
 #endif
 #if FA_CPU_HAS_PAIRS && HWY_ARCH_ARM
-  // BFMMLA has four times the multiply-adds of an FMA, and starts as often on Neoverse N2, V1, V2.
+  // BFMMLA has four times the multiply-adds of an FMA and starts as often on Neoverse N2 and V1, by
+  // their schedules; not measured.
   add_pairs<HWY_NEON>("cpu:neon_bf16", has_neon_bf16, neon_pair_kernels(), neon_row_pair_kernels(),
                       list);
 #endif
