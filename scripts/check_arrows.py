@@ -31,8 +31,9 @@ unordered_set utility valarray variant vector version assert.h ctype.h errno.h f
 inttypes.h limits.h math.h stdarg.h stdbool.h stddef.h stdint.h stdio.h stdlib.h string.h time.h
 """
 STANDARD = frozenset(_STANDARD_NAMES.split())
-# What a backend may ask of the operating system.
+# What a backend may ask of the operating system and of the processor.
 OPERATING_SYSTEM = (
+    "arm_neon.h",
     "asm/",
     "dlfcn.h",
     "fcntl.h",
