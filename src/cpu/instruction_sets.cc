@@ -23,8 +23,9 @@ bool has_sse4() { return __builtin_cpu_supports("sse4.2"); }
 bool always() { return true; }
 
 #if FA_CPU_HAS_PAIRS
-// A target's kernels with other products. Q and O^T of a panel stay in cache more easily: servers
-// with these instructions have at least 1 MiB of L2 per core.
+// A target's kernels with other products. Half of a core's L2 for the state of panels, of 1 MiB
+// that servers with these instructions have at least: tiles are packed once per call, so that more
+// panels to a task would save no copies.
 template <int64_t kTarget>
 void add_pairs(const char* name, bool (*supported)(), const PairKernels* pairs,
                const RowPairKernels* row_pairs, std::vector<InstructionSet>& list) {
