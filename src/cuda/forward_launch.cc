@@ -21,10 +21,11 @@ using core::TensorView;
 constexpr int kRowsPerWarpgroup = 64;
 
 Status make_tensor_maps(const Driver& driver, const TensorView& q, const AttentionArgs& args,
-                        int box_rows, TensorMaps& maps) {
-  FA_TRY(make_tensor_map(driver, q, kRowsPerWarpgroup, maps.q));
-  FA_TRY(make_tensor_map(driver, args.k, box_rows, maps.k));
-  return make_tensor_map(driver, args.v, box_rows, maps.v);
+                        int box_rows, const KernelSpec& spec, TensorMaps& maps) {
+  maps.key_rows = static_cast<int>(args.k.shape[args.k.ndim - 3]);
+  FA_TRY(make_tensor_map(driver, q, kRowsPerWarpgroup, false, maps.q));
+  FA_TRY(make_tensor_map(driver, args.k, box_rows, keys_end(spec), maps.k));
+  return make_tensor_map(driver, args.v, box_rows, spec.varlen, maps.v);
 }
 
 // Of a launch: high bits that memory holds by chance once in 2^44 times, if it is random.
@@ -77,8 +78,10 @@ ForwardLaunch::ForwardLaunch(const AttentionProblem& problem, int device_index,
       otherwise_(otherwise) {}
 
 Result<const LoadedKernel*> ForwardLaunch::kernel_for(const AttentionArgs& args) const {
-  const bool maps = uses_maps_ && has_tensor_map(args.q) && has_tensor_map(args.k) &&
-                    has_tensor_map(args.v) && has_boxes(args);
+  const KernelSpec& spec = kernel_.spec();
+  const bool maps = uses_maps_ && has_tensor_map(args.q, false) &&
+                    has_tensor_map(args.k, keys_end(spec)) && has_tensor_map(args.v, spec.varlen) &&
+                    has_boxes(args);
   return (uses_maps_ && !maps ? otherwise_ : kernel_).get(device_index_);
 }
 
@@ -92,7 +95,7 @@ Status ForwardLaunch::run(const LoadedKernel& kernel, const TensorView& q,
     const CurrentContext current(device_);
     FA_TRY(current.status());
     launch_args.pages.box_rows = static_cast<int>(box_rows(problem_, spec));
-    FA_TRY(make_tensor_maps(*device_.driver, q, args, launch_args.pages.box_rows, maps));
+    FA_TRY(make_tensor_maps(*device_.driver, q, args, launch_args.pages.box_rows, spec, maps));
   }
   if (takes_pairs(problem_, kernel.id, device_.properties)) {
     launch_args.schedule.paired = 1;

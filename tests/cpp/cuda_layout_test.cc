@@ -146,11 +146,7 @@ __device__ Start start(unsigned char* unaligned, unsigned long long* barrier) {
 
 // What a box holds, read as a tile of mma.sync's.
 template <int kRows>
-__global__ void boxes(const __grid_constant__ TensorMap map, Half* to, int row) {
-  extern __shared__ unsigned char unaligned[];
-  __shared__ unsigned long long barrier;
-  const Start it = start(unaligned, &barrier);
-  load_boxes<kRows, kBlockColumns>(it.shared, map, row, it.full);
+__device__ void store_box(Half* to, const Start& it) {
   it.full.wait(0);
   const SharedTile<kRows, kBlockColumns> tile{it.shared};
   for (int i = threadIdx.x; i < kRows * 8; i += blockDim.x) {
@@ -158,6 +154,29 @@ __global__ void boxes(const __grid_constant__ TensorMap map, Half* to, int row) 
     load_shared_16(words, tile.address(i / 8, i % 8));
     store_global_16(to + i * 8, words);
   }
+}
+
+template <int kRows>
+__global__ void boxes(const __grid_constant__ TensorMap map, Half* to, int row) {
+  extern __shared__ unsigned char unaligned[];
+  __shared__ unsigned long long barrier;
+  const Start it = start(unaligned, &barrier);
+  load_boxes<kRows, kBlockColumns>(it.shared, map, row, it.full);
+  store_box<kRows>(to, it);
+}
+
+// `num_rows` rows from `row` on of a tensor of `rows`.
+template <int kRows>
+__global__ void ended_boxes(const __grid_constant__ TensorMap map, Half* to, int rows, int row,
+                            int num_rows) {
+  extern __shared__ unsigned char unaligned[];
+  __shared__ unsigned long long barrier;
+  const Start it = start(unaligned, &barrier);
+  if (threadIdx.x == 0) {
+    it.full.arrive_and_expect(kRows * kBlockRowBytes);
+    copy_ended_box(it.shared, map, rows, 0, row, num_rows, 1, 1, it.full);
+  }
+  store_box<kRows>(to, it);
 }
 
 // to = a b^T, both of rows in shared memory.
@@ -347,7 +366,8 @@ int count_wrong(const Shared<float>& actual, const std::vector<int>& a, const st
 // A tensor [2, rows, 3, columns] of a 16-bit type whose entry 1, head 1 holds `values`, and 99
 // elsewhere; what the copy engine is told of it.
 struct Mapped {
-  Mapped(Type type, int rows, int columns, const std::vector<int>& values, int box_rows)
+  Mapped(Type type, int rows, int columns, const std::vector<int>& values, int box_rows,
+         bool ends = false)
       : memory(static_cast<size_t>(2 * rows * 3 * columns), bits(type, 99)) {
     core::TensorView view;
     view.data = memory.data();
@@ -360,7 +380,7 @@ struct Mapped {
           bits(type, values[static_cast<size_t>(i)]);
     }
     const CurrentContext current(*gpu()->device);
-    const core::Status status = make_tensor_map(*gpu()->device->driver, view, box_rows, map);
+    const core::Status status = make_tensor_map(*gpu()->device->driver, view, box_rows, ends, map);
     EXPECT_TRUE(status.ok()) << status.message();
   }
   Shared<uint16_t> memory;
@@ -483,6 +503,26 @@ Probe copy_engine_box(Type type, int rows, int first) {
           }};
 }
 
+Probe copy_engine_ended_box(Type type, int rows, int first, int num_rows) {
+  constexpr int kBoxRows = 64;
+  return {"ended_box_of_" + text(rows) + "_from_" + text(first) + "_" + text(num_rows) +
+              (type == Type::kFloat16 ? "_fp16" : "_bf16"),
+          kKernels90, "ended_boxes<" + text(kBoxRows) + ">", true,
+          [=](const CompiledKernel& kernel) {
+            const std::vector<int> values = integers(rows * 64, 5);
+            const Mapped from(type, rows, 64, values, kBoxRows, true);
+            const Shared<uint16_t> to(kBoxRows * 64);
+            run(kernel, 128, kBoxRows * 128 + 1024, from.map, to.data(), rows, first, num_rows);
+            int wrong = 0;
+            for (int i = 0; i < kBoxRows * 64; ++i) {
+              const int at = first * 64 + i;
+              const int expected = i / 64 < num_rows ? values[static_cast<size_t>(at)] : 0;
+              if (to[static_cast<size_t>(i)] != bits(type, expected)) ++wrong;
+            }
+            EXPECT_EQ(wrong, 0);
+          }};
+}
+
 Probe descriptors_of_rows(Type type, int depth, int n) {
   const char* element = kElements[static_cast<int>(type)];
   return {"rows_" + text(depth) + "x" + text(n) + (type == Type::kFloat16 ? "_fp16" : "_bf16"),
@@ -537,6 +577,12 @@ std::vector<Probe> probes() {
     for (const int rows : {64, 80, 112, 128}) list.push_back(copy_engine_box(type, rows, 0));
     list.push_back(copy_engine_box(type, 64, 17));
     list.push_back(copy_engine_box(type, 64, -9));
+    list.push_back(copy_engine_ended_box(type, 100, 17, 30));
+    list.push_back(copy_engine_ended_box(type, 100, 17, 83));
+    list.push_back(copy_engine_ended_box(type, 40, 8, 32));
+    list.push_back(copy_engine_ended_box(type, 40, 39, 1));
+    list.push_back(copy_engine_ended_box(type, 1, 0, 1));
+    list.push_back(copy_engine_box(type, 64, 64));
     for (const int n : {80, 112, 128}) list.push_back(descriptors_of_rows(type, 128, n));
     for (const int n : {64, 128, 192, 256}) list.push_back(descriptors_of_columns(type, 80, n));
   }

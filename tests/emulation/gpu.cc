@@ -82,11 +82,6 @@ void leave() {
   if (_setjmp(block->current->at) == 0) _longjmp(block->scheduler, 1);
 }
 
-void fail(const std::string& why) {
-  block->error = why;
-  leave();
-}
-
 void run_fiber() {
   (*block->body)();
   block->current->done = true;
@@ -218,6 +213,11 @@ void sync(int id, unsigned threads) {
   const uint64_t turn = barrier.turn;
   arrive(id, threads);
   wait_until([&] { return barrier.turn != turn; });
+}
+
+void fail(const std::string& why) {
+  block->error = why;
+  leave();
 }
 
 void copy_later(std::function<void()> copy) {

@@ -31,6 +31,9 @@ std::string run(unsigned blocks, unsigned threads, uint64_t seed,
 
 // ---- Of the calling thread. ----
 
+// What went wrong: the launch ends.
+void fail(const std::string& why);
+
 void wait_until(bool (*ready)(void*), void* what);
 template <class Ready>
 void wait_until(Ready ready) {

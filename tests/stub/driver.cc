@@ -119,15 +119,16 @@ FA_STUB int cuLaunchKernel(void* function, unsigned grid, unsigned, unsigned, un
   }
   return result_of("cuLaunchKernel");
 }
-FA_STUB int cuTensorMapEncodeTiled(void* map, int, uint32_t, void* address, const uint64_t* sizes,
-                                   const uint64_t* strides, const uint32_t* box, const uint32_t*,
-                                   int, int, int, int) {
+FA_STUB int cuTensorMapEncodeTiled(void* map, int, uint32_t rank, void* address,
+                                   const uint64_t* sizes, const uint64_t* strides,
+                                   const uint32_t* box, const uint32_t*, int, int, int, int) {
   if (current == nullptr) return kInvalidContext;
   ++fa_stub_record()->maps;
   fa_stub_record()->box_rows = box[1];
   fa::stub::Map encoded{address, {}, {}, box[1]};
-  std::copy_n(sizes, 4, encoded.sizes);
-  std::copy_n(strides, 3, encoded.strides);
+  std::fill_n(encoded.sizes, std::size(encoded.sizes), 1);
+  std::copy_n(sizes, rank, encoded.sizes);
+  std::copy_n(strides, rank - 1, encoded.strides);
   std::memset(map, 0, 128);
   std::memcpy(map, &encoded, sizeof(encoded));
   return result_of("cuTensorMapEncodeTiled");

@@ -31,11 +31,12 @@ inline int result_of(const char* call) {
   return std::atoi(end + 1);
 }
 
-// What a tensor map says: sizes and bytes of the strides but the first by (d, row, head, batch).
+// What a tensor map says: sizes, 1 where there are fewer dimensions, and bytes of the strides but
+// the first.
 struct Map {
   void* address;
-  uint64_t sizes[4];
-  uint64_t strides[3];
+  uint64_t sizes[5];
+  uint64_t strides[4];
   uint32_t box_rows;
 };
 

@@ -41,11 +41,6 @@ __device__ inline void barriers_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Orders a thread's writes to shared memory before reads by the copy engine and by products.
-__device__ inline void shared_writes_fence() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // The box at (column, row, head, batch) of a tensor into shared memory; what lies outside the
 // tensor becomes zero. `barrier` hears of the bytes.
 __device__ inline void copy_box(SharedAddress to, const TensorMap& map, int column, int row,
@@ -54,6 +49,20 @@ __device__ inline void copy_box(SharedAddress to, const TensorMap& map, int colu
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
       "l"(&map), "r"(barrier.address), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// The same of a tensor of `rows` rows an entry, but only the box's first `num_rows` rows, 1 at
+// least: what is behind them becomes zero as well. The map has the rows twice: row a + b - rows
+// lies at (a, b), and where b is the end of what is wanted, there a ends, too. A box that is wholly
+// outside would fault, for the engine reads at the map's origin then, before the tensor.
+__device__ inline void copy_ended_box(SharedAddress to, const TensorMap& map, int rows, int column,
+                                      int row, int num_rows, int head, int batch, Barrier barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
+      "l"(&map), "r"(barrier.address), "r"(column), "r"(rows - num_rows), "r"(row + num_rows),
+      "r"(head), "r"(batch)
       : "memory");
 }
 

@@ -68,9 +68,6 @@ class Consumer90 {
   // Two warpgroups take turns; each barrier says whose turn it is.
   static constexpr bool kTakesTurns = F::kAllConsumers == 2 && kSpec.head_dim <= 128;
   __device__ static int turn(int consumer) { return 1 + consumer; }
-  __device__ int own_barrier() const {
-    return 1 + F::kAllConsumers + threadIdx.x / F::kGroupThreads;
-  }
 
   __device__ int lane() const { return threadIdx.x % 32; }
   __device__ int warp_row() const {
@@ -120,7 +117,6 @@ class Consumer90 {
     for (int key_step = own.end - 1; key_step >= own.begin; --key_step) {
       const bool is_masked = key_step < own.full_begin || key_step >= own.full_end;
       step(tile, key_step, is_masked, is_first, key_step == own.begin);
-      if (kSpec.varlen && is_first) clear_values_past_the_end(tile, key_step);
       is_first = false;
     }
   }
@@ -215,24 +211,6 @@ class Consumer90 {
         p_[fragment][2 * half + 1] = pack<kSpec.element>(tile[2], tile[3]);
       }
     }
-  }
-
-  // The sequence's last keys' step holds rows of v that are another sequence's, or padding; their
-  // probabilities are 0, but 0 times NaN is not. Every warpgroup does it for itself.
-  __device__ void clear_values_past_the_end(const Description& tile, int key_step) const {
-    const int first = tile.sequence.seqlen_k - key_step * kSpec.tile_n;
-    if (first >= kSpec.tile_n) return;
-    shared_.v_full(v_.stage).wait(v_.parity);
-    const Word zeros[4] = {0, 0, 0, 0};
-    for (int i = threadIdx.x % F::kGroupThreads; i < (kSpec.tile_n - first) * F::kVBlocks * 8;
-         i += F::kGroupThreads) {
-      const int row = first + i / (F::kVBlocks * 8), chunk = i % (F::kVBlocks * 8);
-      store_shared_16(shared_.v(v_.stage) + chunk / 8 * F::kKeyBlockBytes + row * kBlockRowBytes +
-                          chunk % 8 * 16,
-                      zeros);
-    }
-    shared_writes_fence();
-    named_sync(own_barrier(), F::kGroupThreads);
   }
 
   __device__ void store(const Description& tile, OnlineSoftmax<1> softmax) const {

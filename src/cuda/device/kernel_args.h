@@ -134,9 +134,11 @@ struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };
 
-// What forward_sm90 reads through it.
+// What forward_sm90 reads through it. Varlen kernels' v is one for copy_ended_box(), and k where
+// keys_end().
 struct TensorMaps {
   TensorMap q, k, v;
+  int key_rows;  // of an entry of k and v, or of a page
 };
 
 // What precedes attention over a KV cache. ForwardArgs' q is where rotated queries go.

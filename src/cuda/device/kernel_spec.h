@@ -66,6 +66,13 @@ constexpr int forward_sm90_shared_bytes(const KernelSpec& spec) {
   return kSharedAlignment + spec.teams * sm90_team_bytes(spec);
 }
 
+// forward_sm90: whether keys, as varlen's values always do, end with their sequence. Where there
+// may be pages k's map is a plain one, through which boxes wholly outside are read, of values as
+// well.
+constexpr bool keys_end(const KernelSpec& spec) {
+  return spec.varlen && spec.loader != Loader::kPagedVector;
+}
+
 // forward_fp32: q, k or v in turn, and probabilities; rows with a gap of 4 floats behind each put
 // what 8 lanes read at a time on different banks.
 inline constexpr int kFloatRowGap = 4;

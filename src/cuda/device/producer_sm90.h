@@ -99,7 +99,8 @@ class Producer90 {
   // the later that is, the evener do blocks share the last tiles.
   static constexpr int kStepsToFind = 2;
 
-  __device__ static bool is_first() { return !F::kLooksUpPages || threadIdx.x % 32 == 0; }
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ static bool is_first() { return !F::kLooksUpPages || lane() == 0; }
 
   __device__ void feed(const Tile<kSpec>& tile) {
     const int begin = tile.steps.begin;
@@ -134,57 +135,60 @@ class Producer90 {
   __device__ void load_k(const Tile<kSpec>& tile, int step) {
     v_box_ = k_box_;
     if constexpr (F::kLooksUpPages) k_box_ = box_of(tile.sequence, step);
-    load(tile, step, k_box_, maps_.k, F::kQBlocks, shared_.k(k_.stage), shared_.k_full(k_.stage),
-         shared_.k_empty(k_.stage), k_.parity);
+    load<false>(tile, step, k_box_, F::kQBlocks, shared_.k(k_.stage), shared_.k_full(k_.stage),
+                shared_.k_empty(k_.stage), k_.parity);
     k_.advance();
   }
 
   // Of the step before the last one of keys, or, `is_last`, of that one.
   __device__ void load_v(const Tile<kSpec>& tile, int step, bool is_last) {
-    load(tile, step, is_last ? k_box_ : v_box_, maps_.v, F::kVBlocks, shared_.v(v_.stage),
-         shared_.v_full(v_.stage), shared_.v_empty(v_.stage), v_.parity);
+    load<true>(tile, step, is_last ? k_box_ : v_box_, F::kVBlocks, shared_.v(v_.stage),
+               shared_.v_full(v_.stage), shared_.v_empty(v_.stage), v_.parity);
     v_.advance();
   }
 
   // The lane's box of a step: of one page. Without pages there is one, of the whole step.
   __device__ KeyPlace box_of(const Sequence& sequence, int step) const {
-    const int key = step * kSpec.tile_n + threadIdx.x % 32 * args_.pages.box_rows;
+    const int key = step * kSpec.tile_n + lane() * args_.pages.box_rows;
     if (args_.pages.block_table == nullptr) return {sequence.k_batch, sequence.k_begin + key};
     return paged_place(args_.pages, sequence, min(key, sequence.seqlen_k - 1));
   }
 
-  __device__ void load(const Tile<kSpec>& tile, int step, KeyPlace box, const TensorMap& map,
-                       int num_columns, SharedAddress to, Barrier full, Barrier empty,
-                       int parity) const {
+  template <bool kOfV>
+  __device__ void load(const Tile<kSpec>& tile, int step, KeyPlace box, int num_columns,
+                       SharedAddress to, Barrier full, Barrier empty, int parity) const {
     const Sequence& it = tile.sequence;
     const int first = step * kSpec.tile_n;
     empty.wait(parity ^ 1);  // the first round finds every stage empty
+    if (is_first()) full.arrive_and_expect(num_columns * F::kKeyBlockBytes);
     if constexpr (F::kLooksUpPages) {
-      // As many boxes as hold keys of the sequence.
-      const int num_keys = min(it.seqlen_k - first, kSpec.tile_n);
-      const int box_rows = args_.pages.box_rows;
-      const int lane = threadIdx.x % 32;
-      const bool has_box = lane * box_rows < num_keys;
-      const int num_boxes = __popc(__ballot_sync(0xFFFFFFFFu, has_box));
-      if (lane == 0) {
-        full.arrive_and_expect(num_columns * num_boxes * box_rows * kBlockRowBytes);
-      }
       __syncwarp();
-      if (has_box) {
-        load_columns(to + lane * box_rows * kBlockRowBytes, map, num_columns, box, tile.kv_head,
-                     full);
-      }
+      const int row = lane() * args_.pages.box_rows;
+      if (row >= kSpec.tile_n) return;
+      load_columns<kOfV>(to + row * kBlockRowBytes, num_columns, box,
+                         min(it.seqlen_k - first - row, args_.pages.box_rows), tile.kv_head, full);
     } else {
-      full.arrive_and_expect(num_columns * F::kKeyBlockBytes);
-      load_columns(to, map, num_columns, {it.k_batch, it.k_begin + first}, tile.kv_head, full);
+      load_columns<kOfV>(to, num_columns, {it.k_batch, it.k_begin + first}, it.seqlen_k - first,
+                         tile.kv_head, full);
     }
   }
 
-  __device__ void load_columns(SharedAddress to, const TensorMap& map, int num_columns,
-                               KeyPlace box, int kv_head, Barrier full) const {
-    for (int column = 0; column < num_columns; ++column) {
-      copy_box(to + column * F::kKeyBlockBytes, map, column * kBlockColumns, box.row, kv_head,
-               box.batch, full);
+  // The sequence has `num_rows` rows from the box's first on. Values behind them must be zero,
+  // since their probabilities are, but 0 times NaN is not; keys need not be read.
+  template <bool kOfV>
+  __device__ void load_columns(SharedAddress to, int num_columns, KeyPlace box, int num_rows,
+                               int kv_head, Barrier full) const {
+    for (int block = 0; block < num_columns; ++block, to += F::kKeyBlockBytes) {
+      const int column = block * kBlockColumns;
+      const TensorMap& map = kOfV ? maps_.v : maps_.k;
+      if (F::kLooksUpPages && num_rows <= 0) {
+        copy_box(to, maps_.k, column, maps_.key_rows, kv_head, box.batch, full);  // wholly outside
+      } else if constexpr (kOfV ? kSpec.varlen : keys_end(kSpec)) {
+        copy_ended_box(to, map, maps_.key_rows, column, box.row, num_rows, kv_head, box.batch,
+                       full);
+      } else {
+        copy_box(to, map, column, box.row, kv_head, box.batch, full);
+      }
     }
   }
 

@@ -1,6 +1,8 @@
 // src/cuda/device/bulk_copy.h on an emulated GPU.
 #pragma once
 
+#include <array>
+
 #include "cuda/device/kernel_args.h"
 #include "cuda/device/ptx.h"
 #include "stub/stub.h"
@@ -19,18 +21,18 @@ struct Barrier {
 };
 
 inline void barriers_fence() {}
-inline void shared_writes_fence() {}
 
 // Rows of 128 bytes, whose chunks of 16 are permuted by three bits of the row.
-inline void copy_now(SharedAddress to, const stub::Map& map, const int64_t (&first)[4],
+inline void copy_now(SharedAddress to, const stub::Map& map, const std::array<int64_t, 5>& first,
                      Barrier barrier) {
   for (uint32_t row = 0; row < map.box_rows; ++row) {
     for (int column = 0; column < 64; ++column) {
-      const int64_t at[4] = {first[0] + column, first[1] + row, first[2], first[3]};
+      const std::array<int64_t, 5> at{first[0] + column, first[1] + row, first[2], first[3],
+                                      first[4]};
       Half element = 0;
       int64_t offset = at[0] * 2;
       bool exists = true;
-      for (int i = 0; i < 4; ++i) {
+      for (size_t i = 0; i < at.size(); ++i) {
         exists &= at[i] >= 0 && at[i] < static_cast<int64_t>(map.sizes[i]);
         if (i > 0) offset += at[i] * static_cast<int64_t>(map.strides[i - 1]);
       }
@@ -42,11 +44,21 @@ inline void copy_now(SharedAddress to, const stub::Map& map, const int64_t (&fir
   emulated::bytes_came(barrier.address, int64_t{map.box_rows} * 128);
 }
 
+inline void copy_ended_box(SharedAddress to, const TensorMap& map, int rows, int column, int row,
+                           int num_rows, int head, int batch, Barrier barrier) {
+  if (num_rows < 1) emulated::fail("a box of no rows, which faults");
+  stub::Map of_tensor;
+  std::memcpy(&of_tensor, &map, sizeof(of_tensor));
+  emulated::copy_later([=] {
+    copy_now(to, of_tensor, {column, rows - num_rows, row + num_rows, head, batch}, barrier);
+  });
+}
+
 inline void copy_box(SharedAddress to, const TensorMap& map, int column, int row, int head,
                      int batch, Barrier barrier) {
   stub::Map of_tensor;
   std::memcpy(&of_tensor, &map, sizeof(of_tensor));
-  emulated::copy_later([=] { copy_now(to, of_tensor, {column, row, head, batch}, barrier); });
+  emulated::copy_later([=] { copy_now(to, of_tensor, {column, row, head, batch, 0}, barrier); });
 }
 
 inline void named_sync(int id, int num_threads) {
