@@ -131,8 +131,6 @@ class GradientRows {
         const int64_t to = at + v / 2 * kBlockA + r * kPairDepth;
         store_rounded(p[r][0], p[r][1], chunk_.p + to);
         store_rounded(ds[r][0], ds[r][1], chunk_.ds + to);
-        ask_for(chunk_.p + to + kChunkKeys / kPairRows * chunk_.row_step);
-        ask_for(chunk_.ds + to + kChunkKeys / kPairRows * chunk_.row_step);
       }
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {

@@ -106,11 +106,12 @@ struct Expected {
   }
 };
 
-std::vector<core::Implementation> cpu_implementations() {
+std::vector<core::Implementation> cpu_implementations(DataType dtype = DataType::kFloat32) {
   std::vector<core::Implementation> list;
   AttentionProblem trivial;
   trivial.batch = trivial.seqlen_q = trivial.seqlen_k = 1;
   trivial.num_heads = trivial.num_heads_kv = trivial.head_dim = trivial.head_dim_v = 1;
+  trivial.dtype = dtype;
   trivial.direction = core::Direction::kBackward;
   for (const core::Implementation& it : core::implementations(core::DeviceType::kCpu)) {
     if (it.accept(trivial, {}).ok()) list.push_back(it);
@@ -326,6 +327,30 @@ TEST(BackwardProperty, is_bitwise_equal_for_every_number_of_threads) {
                 << kNames[i] << ", " << threads << " threads, " << implementation.name;
           }
         }
+      }
+    }
+  }
+}
+
+// More workers have tasks of fewer panels, which may copy keys less or share packed tiles.
+TEST(ForwardProperty, is_bitwise_equal_for_every_number_of_workers) {
+  testing::Spec spec{.name = "many_panels", .seqlen_q = 70, .seqlen_k = 40};
+  spec.num_heads = spec.num_heads_kv = 40;
+  spec.head_dim = spec.head_dim_v = 32;
+  for (DataType dtype : {DataType::kFloat32, DataType::kBFloat16}) {
+    spec.dtype = dtype;
+    for (const core::Implementation& implementation : cpu_implementations(dtype)) {
+      testing::Call expected(spec);
+      const auto problem = core::validate_forward(expected.args());
+      ASSERT_TRUE(problem.ok()) << problem.status().message();
+      testing::SerialParallel serial(1);
+      run(implementation, expected.args(), problem.value(), serial);
+      for (int workers : {4, 5, 100}) {
+        testing::SerialParallel many(workers);
+        testing::Call call(spec);
+        run(implementation, call.args(), problem.value(), many);
+        EXPECT_TRUE(call.out.bitwise_equal(expected.out)) << workers << ' ' << implementation.name;
+        EXPECT_TRUE(call.lse.bitwise_equal(expected.lse)) << workers << ' ' << implementation.name;
       }
     }
   }
