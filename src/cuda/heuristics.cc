@@ -424,6 +424,12 @@ int64_t tiles_m(const AttentionProblem& problem, const KernelSpec& spec) {
   return std::max<int64_t>(core::ceil_div(rows, spec.tile_m), 1);
 }
 
+// Whether whole boxes of columns are padding: where D and Dv are unlike.
+bool lacks_columns(int64_t head_dim, int64_t padded) {
+  constexpr int64_t kBoxColumns = 64;
+  return padded - head_dim >= kBoxColumns;
+}
+
 KernelId choose_sm90(const AttentionProblem& problem) {
   Features90 features{problem.softcap ? Score::kSoftcap : Score::kPlain, problem.dropout,
                       Loader::kVector, problem.layout != core::Layout::kDense};
@@ -431,11 +437,14 @@ KernelId choose_sm90(const AttentionProblem& problem) {
     features.score = Score::kGeneral;
     features.varlen = true;
   }
-  if (problem.page_size > 0 || (features.varlen && features.score != Score::kPlain)) {
+  const Tile90& tile = tile_90(problem.head_dim, problem.head_dim_v);
+  if (problem.page_size > 0 ||
+      (features.varlen &&
+       (features.score != Score::kPlain || lacks_columns(problem.head_dim, tile.dims.qk) ||
+        lacks_columns(problem.head_dim_v, tile.dims.v)))) {
     features.loader = Loader::kPagedVector;
   }
-  return {Family::kForward90, spec_90(element_of(problem.dtype),
-                                      tile_90(problem.head_dim, problem.head_dim_v), features)};
+  return {Family::kForward90, spec_90(element_of(problem.dtype), tile, features)};
 }
 
 int64_t box_rows(const AttentionProblem& problem, const KernelSpec& spec) {

@@ -65,6 +65,7 @@ void add_kernels() {
   add_kernel<spec(kBF, 64, 128, 64, Loader::kPagedVector, true, 2)>();
   add_kernel<spec(kBF, 128, 128, 128, Loader::kVector, false)>();
   add_kernel<spec(kBF, 128, 128, 128, Loader::kVector, true)>();
+  add_kernel<spec(kBF, 128, 128, 128, Loader::kPagedVector, true)>();
   add_kernel<spec(Element::kFloat16, 256, 128, 80, Loader::kVector, true)>();
 }
 
@@ -132,6 +133,7 @@ struct Case {
   int64_t head_dim = 64, num_heads = 2, num_heads_kv = 1;
   bool is_half = false, causal = false;
   int64_t window_left = -1, window_right = -1;
+  int64_t head_dim_v = head_dim;
 };
 
 std::vector<int32_t> offsets(const std::vector<int64_t>& lengths) {
@@ -151,8 +153,8 @@ class Varlen {
         cu_k_(offsets(of.lengths_k)),
         q_({cu_q_.back() + kSpareRows, of.num_heads, of.head_dim}, of.is_half, 1),
         k_({cu_k_.back() + kSpareRows, of.num_heads_kv, of.head_dim}, of.is_half, 2),
-        v_({cu_k_.back() + kSpareRows, of.num_heads_kv, of.head_dim}, of.is_half, 3),
-        out_(q_.shape, of.is_half, 4) {
+        v_({cu_k_.back() + kSpareRows, of.num_heads_kv, of.head_dim_v}, of.is_half, 3),
+        out_({cu_q_.back() + kSpareRows, of.num_heads, of.head_dim_v}, of.is_half, 4) {
     for (Tensor* tensor : {&q_, &k_, &v_}) {
       const auto spare = kSpareRows * tensor->strides[0];
       std::fill(tensor->data.end() - spare, tensor->data.end(), 0xFFFF);
@@ -266,10 +268,15 @@ class Varlen {
         return std::vector<int64_t>{1, rows, of.shape[1], of.shape[2]};
       };
       const auto shape_q = shape(q_, rows_q), shape_k = shape(k_, rows_k);
+      const auto shape_v = shape(v_, rows_k), shape_out = shape(out_, rows_q);
       const auto strides_q = testing::row_major_strides(shape_q);
       const auto strides_k = testing::row_major_strides(shape_k);
-      for (fa_tensor* tensor : {&q, &out}) set_shape(*tensor, shape_q, strides_q);
-      for (fa_tensor* tensor : {&k, &v}) set_shape(*tensor, shape_k, strides_k);
+      const auto strides_v = testing::row_major_strides(shape_v);
+      const auto strides_out = testing::row_major_strides(shape_out);
+      set_shape(q, shape_q, strides_q);
+      set_shape(k, shape_k, strides_k);
+      set_shape(v, shape_v, strides_v);
+      set_shape(out, shape_out, strides_out);
       args.q = &q;
       args.k = &k;
       args.v = &v;
@@ -375,6 +382,8 @@ std::vector<Case> cases() {
       {.lengths_q = {129, 0, 100, 1}, .lengths_k = {129, 7, 700, 0}, .head_dim = 128},
       {.lengths_q = {200, 100}, .lengths_k = {260, 70}, .head_dim = 128, .causal = true},
       {.lengths_q = {130, 60}, .lengths_k = {90, 161}, .head_dim = 256, .is_half = true},
+      {.lengths_q = {129, 40}, .lengths_k = {160, 90}, .head_dim = 128, .head_dim_v = 48},
+      {.lengths_q = {40, 129}, .lengths_k = {90, 160}, .head_dim = 40, .head_dim_v = 128},
   };
 }
 

@@ -240,6 +240,29 @@ def test_tiles_that_exist_in_part(name, causal, head_dim, heads):
         assert same_bits(out[rows], dense[0]) and same_bits(lse[:, rows], dense_lse[0])
 
 
+@pytest.mark.parametrize(
+    "head_dim,head_dim_v", [(128, 64), (64, 128), (192, 128), (40, 192), (256, 64)]
+)
+@pytest.mark.parametrize("page_size", [0, 16])
+@pytest.mark.parametrize("options", ["causal", "softcap", "alibi"])
+def test_varlen_of_unlike_head_dims(name, options, page_size, head_dim, head_dim_v):
+    """Of which whole boxes of columns are padding; as dense calls, to the bit."""
+    options = OPTIONS[options]
+    lengths_q, lengths_k = [65, 230], [97, 230]
+    dims = {"head_dim": head_dim, "head_dim_v": head_dim_v}
+    q, k, v = varlen_tensors(lengths_q, lengths_k, dtype=torch.bfloat16, **dims)
+    cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
+    lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 230, "max_seqlen_k": 230}
+    out, _ = check_varlen(q, k, v, **lengths, **options)
+    for b in range(2):
+        rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
+        dense, _ = run(flash_attn_func, (q[None, rows], k[None, keys], v[None, keys]), options)
+        assert same_bits(out[rows], dense[0])
+    if page_size > 0:
+        *pages, lengths["block_table"] = paged(k, v, cu_k, page_size)
+        assert same_bits(run(flash_attn_varlen_func, (q, *pages), lengths | options)[0], out)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_varlen_options(name, dtype):
     q, k, v = varlen_tensors([30, 0, 170], [64, 5, 199], dtype=dtype)
@@ -338,14 +361,16 @@ def paged(
     width = (max(lengths) + page_size - 1) // page_size
     generator = torch.Generator().manual_seed(1)
     table = torch.randperm(len(lengths) * width, generator=generator).int().view(-1, width)
-    pages = torch.full((2, table.numel(), page_size, *k.shape[1:]), math.nan, dtype=k.dtype)
+    paged_k, paged_v = (
+        x.new_full((table.numel(), page_size, *x.shape[1:]), math.nan) for x in (k, v)
+    )
     for b, length in enumerate(lengths):
         for j in range(length):
             page = table[b, j // page_size]
-            pages[0, page, j % page_size] = k[cu_k[b] + j]
-            pages[1, page, j % page_size] = v[cu_k[b] + j]
+            paged_k[page, j % page_size] = k[cu_k[b] + j]
+            paged_v[page, j % page_size] = v[cu_k[b] + j]
         table[b, (length + page_size - 1) // page_size :] = 2**30
-    return pages[0], pages[1], table
+    return paged_k, paged_v, table
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

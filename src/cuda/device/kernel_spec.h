@@ -66,9 +66,9 @@ constexpr int forward_sm90_shared_bytes(const KernelSpec& spec) {
   return kSharedAlignment + spec.teams * sm90_team_bytes(spec);
 }
 
-// forward_sm90: whether keys, as varlen's values always do, end with their sequence. Where there
-// may be pages k's map is a plain one, through which boxes wholly outside are read, of values as
-// well.
+// forward_sm90: whether keys, as varlen's values always do, end with their sequence. Where boxes
+// may be wholly outside, of pages or of columns, k's map is a plain one, through which all such are
+// read.
 constexpr bool keys_end(const KernelSpec& spec) {
   return spec.varlen && spec.loader != Loader::kPagedVector;
 }

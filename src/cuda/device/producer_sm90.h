@@ -181,8 +181,9 @@ class Producer90 {
     for (int block = 0; block < num_columns; ++block, to += F::kKeyBlockBytes) {
       const int column = block * kBlockColumns;
       const TensorMap& map = kOfV ? maps_.v : maps_.k;
-      if (F::kLooksUpPages && num_rows <= 0) {
-        copy_box(to, maps_.k, column, maps_.key_rows, kv_head, box.batch, full);  // wholly outside
+      const bool is_outside = num_rows <= 0 || (kOfV && column >= args_.shape.head_dim_v);
+      if (F::kLooksUpPages && is_outside) {
+        copy_box(to, maps_.k, column, maps_.key_rows, kv_head, box.batch, full);
       } else if constexpr (kOfV ? kSpec.varlen : keys_end(kSpec)) {
         copy_ended_box(to, map, maps_.key_rows, column, box.row, num_rows, kv_head, box.batch,
                        full);

@@ -46,9 +46,11 @@ inline void copy_now(SharedAddress to, const stub::Map& map, const std::array<in
 
 inline void copy_ended_box(SharedAddress to, const TensorMap& map, int rows, int column, int row,
                            int num_rows, int head, int batch, Barrier barrier) {
-  if (num_rows < 1) emulated::fail("a box of no rows, which faults");
   stub::Map of_tensor;
   std::memcpy(&of_tensor, &map, sizeof(of_tensor));
+  if (num_rows < 1 || column >= static_cast<int64_t>(of_tensor.sizes[0])) {
+    emulated::fail("a box wholly outside faults");
+  }
   emulated::copy_later([=] {
     copy_now(to, of_tensor, {column, rows - num_rows, row + num_rows, head, batch}, barrier);
   });
