@@ -16,13 +16,13 @@ using core::AttentionProblem;
 using core::Status;
 
 // Tasks that a call should be cut into, for threads to share, some of which run at half the speed
-// of others; results do not depend on it. On 16 threads of Sapphire Rapids 8 heads of 1024 and 2048
-// queries took 1.02 to 1.24 times as long with 2 tasks a thread as with 4, 16 heads of 128 1.07
-// times as long with 4 as with 8.
+// of others. Results do not depend on it, but for splits of keys, which begin where those of a
+// task's panels do: such tasks are the same for any number of threads. On 16 threads of Sapphire
+// Rapids 8 heads of 1024 and 2048 queries took 1.02 to 1.24 times as long with 2 tasks a thread as
+// with 4, 16 heads of 128 1.07 times as long with 4 as with 8.
 constexpr int64_t kWantedTasks = 32;
 constexpr int64_t kWantedTasksPerWorker = 8;
 constexpr int kFewWorkers = kWantedTasks / kWantedTasksPerWorker;
-// Splits' results do, so that their number must not depend on the threads.
 constexpr int64_t kWantedTasksOfSplits = 32;
 // With few queries, about as many key heads share a task; how many, their strides decide.
 constexpr int64_t kHeadsPerSplitTask = 8;
@@ -32,8 +32,8 @@ constexpr int64_t kMaxPackedBytes = int64_t{128} << 20;
 // Below this many keys a split costs more than another thread brings.
 constexpr int64_t kMinKeysPerSplit = 512;
 
-// How a call is cut. Follows from the problem and the longest sequences, so that a max_seqlen that
-// is larger than needed changes nothing.
+// How a call is cut. Follows from the problem, the longest sequences, so that a max_seqlen that is
+// larger than needed changes nothing, and the number of workers where keys are not split.
 struct Cut {
   bool packs_group;         // in all sequences, the queries of a group of heads fit into one panel
   bool few;                 // in all sequences, they are few
@@ -48,15 +48,16 @@ struct Cut {
     const int64_t panels = std::max<int64_t>(max_panels(problem, panel, packs), 1);
     const int64_t panel_bytes =
         panel * (problem.head_dim + problem.head_dim_v) * static_cast<int64_t>(sizeof(float));
-    const int64_t most = std::clamp<int64_t>(set.panel_bytes / panel_bytes, 1, kMaxPanels);
-    const int64_t wanted_tasks = std::max(kWantedTasks, kWantedTasksPerWorker * num_workers);
-    panels_per_task = std::clamp<int64_t>(panels / wanted_tasks, 1, most);
     // Key heads that share a task count as one.
     const int64_t blocks = few ? std::max<int64_t>(panels / kHeadsPerSplitTask, 1) : panels;
     const int64_t wanted = ceil_div(kWantedTasksOfSplits, blocks);
     num_splits = std::clamp<int64_t>(seqlen_k / kMinKeysPerSplit, 1, wanted);
     if (problem.num_splits > 0) num_splits = problem.num_splits;
     if (problem.wants_s_dmask) num_splits = 1;  // its values need the maximum over all keys
+    const int64_t most = std::clamp<int64_t>(set.panel_bytes / panel_bytes, 1, kMaxPanels);
+    const int64_t wanted_tasks =
+        num_splits > 1 ? kWantedTasks : std::max(kWantedTasks, kWantedTasksPerWorker * num_workers);
+    panels_per_task = std::clamp<int64_t>(panels / wanted_tasks, 1, most);
     const int64_t heads = problem.batch * problem.num_heads_kv;
     if (set.forward.pack_tiles == nullptr || few || num_splits > 1 ||
         panels <= heads * panels_per_task) {

@@ -392,5 +392,27 @@ TEST(Cache, results_do_not_depend_on_the_number_of_threads) {
   }
 }
 
+// Splits begin where the keys of a task's panels do, so that its panels must be the same ones.
+TEST(Cache, splits_do_not_depend_on_the_number_of_workers) {
+  Spec spec;
+  spec.batch = 1;
+  spec.num_heads = spec.num_heads_kv = 14;
+  spec.seqlen_q = spec.seqlen_new = 330;
+  spec.room = 600;
+  spec.cached = {200};
+  spec.causal = true;
+  for (int64_t num_splits : {1, 2, 3}) {
+    spec.num_splits = num_splits;
+    for (const core::Implementation& implementation : cpu_implementations(spec.dtype)) {
+      Call expected(spec), got(spec);
+      testing::SerialParallel one(1), many(64);
+      run(implementation, expected, one);
+      run(implementation, got, many);
+      EXPECT_TRUE(got.out.bitwise_equal(expected.out)) << num_splits << ' ' << implementation.name;
+      EXPECT_TRUE(got.lse.bitwise_equal(expected.lse)) << num_splits << ' ' << implementation.name;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fa
