@@ -125,7 +125,7 @@ FA_STUB int cuTensorMapEncodeTiled(void* map, int, uint32_t rank, void* address,
   if (current == nullptr) return kInvalidContext;
   ++fa_stub_record()->maps;
   fa_stub_record()->box_rows = box[1];
-  fa::stub::Map encoded{address, {}, {}, box[1]};
+  fa::stub::Map encoded{address, {}, {}, rank, box[1]};
   std::fill_n(encoded.sizes, std::size(encoded.sizes), 1);
   std::copy_n(sizes, rank, encoded.sizes);
   std::copy_n(strides, rank - 1, encoded.strides);

@@ -37,6 +37,7 @@ struct Map {
   void* address;
   uint64_t sizes[5];
   uint64_t strides[4];
+  uint32_t rank;
   uint32_t box_rows;
 };
 

@@ -44,23 +44,30 @@ inline void copy_now(SharedAddress to, const stub::Map& map, const std::array<in
   emulated::bytes_came(barrier.address, int64_t{map.box_rows} * 128);
 }
 
-inline void copy_ended_box(SharedAddress to, const TensorMap& map, int rows, int column, int row,
-                           int num_rows, int head, int batch, Barrier barrier) {
+// Of a box wholly outside the engine reads at the map's origin, which a map of rank 5 has before
+// its tensor.
+inline void copy(SharedAddress to, const TensorMap& map, uint32_t rank,
+                 const std::array<int64_t, 5>& first, Barrier barrier) {
   stub::Map of_tensor;
   std::memcpy(&of_tensor, &map, sizeof(of_tensor));
-  if (num_rows < 1 || column >= static_cast<int64_t>(of_tensor.sizes[0])) {
-    emulated::fail("a box wholly outside faults");
+  if (of_tensor.rank != rank) emulated::fail("a copy has another rank than its map");
+  const int64_t extents[5] = {64, of_tensor.box_rows, 1, 1, 1};
+  for (size_t i = 0; i < first.size(); ++i) {
+    const bool is_inside =
+        first[i] + extents[i] > 0 && first[i] < static_cast<int64_t>(of_tensor.sizes[i]);
+    if (!is_inside && rank == 5) emulated::fail("a box wholly outside faults");
   }
-  emulated::copy_later([=] {
-    copy_now(to, of_tensor, {column, rows - num_rows, row + num_rows, head, batch}, barrier);
-  });
+  emulated::copy_later([=] { copy_now(to, of_tensor, first, barrier); });
 }
 
 inline void copy_box(SharedAddress to, const TensorMap& map, int column, int row, int head,
                      int batch, Barrier barrier) {
-  stub::Map of_tensor;
-  std::memcpy(&of_tensor, &map, sizeof(of_tensor));
-  emulated::copy_later([=] { copy_now(to, of_tensor, {column, row, head, batch, 0}, barrier); });
+  copy(to, map, 4, {column, row, head, batch, 0}, barrier);
+}
+
+inline void copy_ended_box(SharedAddress to, const TensorMap& map, int rows, int column, int row,
+                           int num_rows, int head, int batch, Barrier barrier) {
+  copy(to, map, 5, {column, rows - num_rows, row + num_rows, head, batch}, barrier);
 }
 
 inline void named_sync(int id, int num_threads) {
