@@ -37,7 +37,7 @@ constexpr int64_t kMinKeysPerSplit = 512;
 struct Cut {
   bool packs_group;         // in all sequences, the queries of a group of heads fit into one panel
   bool few;                 // in all sequences, they are few
-  int64_t panels_per_task;  // as many as keep their state within a core's L2 cache
+  int64_t panels_per_task;  // that share copies of keys and values
   int64_t num_splits;
   PackedTiles packed;  // without its memory; none where a key head has one task
 
