@@ -85,6 +85,25 @@ def check_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: A
     return out, lse
 
 
+def check_varlen_equals_dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: dict[str, Any],
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Sequences meet the oracle, and are to the bit what each is alone; their out."""
+    out, lse = check_varlen(q, k, v, **lengths, **options)
+    cu_q, cu_k = lengths["cu_seqlens_q"], lengths["cu_seqlens_k"]
+    for b in range(len(cu_q) - 1):
+        rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
+        alone = (q[None, rows], k[None, keys], v[None, keys])
+        dense, dense_lse = run(flash_attn_func, alone, options)
+        assert same_bits(out[rows], dense[0])
+        assert same_bits(lse[:, rows], dense_lse[0])
+    return out
+
+
 OPTIONS = options_of_every_kind(150, 197)
 
 
@@ -206,14 +225,7 @@ def test_varlen_equals_dense_bitwise(name, options, head_dim, dtype):
         "max_seqlen_q": 230,
         "max_seqlen_k": 230,
     }
-    out, lse = check_varlen(q, k, v, **lengths, **options)
-    for b in range(4):
-        rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
-        dense, dense_lse = run(
-            flash_attn_func, (q[None, rows], k[None, keys], v[None, keys]), options
-        )
-        assert same_bits(out[rows], dense[0])
-        assert same_bits(lse[:, rows], dense_lse[0])
+    check_varlen_equals_dense(q, k, v, lengths, options)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 3), (3, 1)], ids=str)
@@ -232,12 +244,7 @@ def test_tiles_that_exist_in_part(name, causal, head_dim, heads):
         "max_seqlen_q": 257,
         "max_seqlen_k": 257,
     }
-    out, lse = check_varlen(q, k, v, **lengths, causal=causal)
-    for b in range(len(lengths_q)):
-        rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
-        alone = (q[None, rows], k[None, keys], v[None, keys])
-        dense, dense_lse = run(flash_attn_func, alone, {"causal": causal})
-        assert same_bits(out[rows], dense[0]) and same_bits(lse[:, rows], dense_lse[0])
+    check_varlen_equals_dense(q, k, v, lengths, {"causal": causal})
 
 
 @pytest.mark.parametrize(
@@ -253,11 +260,7 @@ def test_varlen_of_unlike_head_dims(name, options, page_size, head_dim, head_dim
     q, k, v = varlen_tensors(lengths_q, lengths_k, dtype=torch.bfloat16, **dims)
     cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
     lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": 230, "max_seqlen_k": 230}
-    out, _ = check_varlen(q, k, v, **lengths, **options)
-    for b in range(2):
-        rows, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
-        dense, _ = run(flash_attn_func, (q[None, rows], k[None, keys], v[None, keys]), options)
-        assert same_bits(out[rows], dense[0])
+    out = check_varlen_equals_dense(q, k, v, lengths, options)
     if page_size > 0:
         *pages, lengths["block_table"] = paged(k, v, cu_k, page_size)
         assert same_bits(run(flash_attn_varlen_func, (q, *pages), lengths | options)[0], out)
