@@ -425,10 +425,7 @@ int64_t tiles_m(const AttentionProblem& problem, const KernelSpec& spec) {
 }
 
 // Whether whole boxes of columns are padding: where D and Dv are unlike.
-bool lacks_columns(int64_t head_dim, int64_t padded) {
-  constexpr int64_t kBoxColumns = 64;
-  return padded - head_dim >= kBoxColumns;
-}
+bool lacks_columns(int64_t head_dim, int64_t padded) { return padded - head_dim >= kBlockColumns; }
 
 KernelId choose_sm90(const AttentionProblem& problem) {
   Features90 features{problem.softcap ? Score::kSoftcap : Score::kPlain, problem.dropout,

@@ -2,6 +2,8 @@
 
 #include <array>
 
+#include "cuda/device/kernel_spec.h"
+
 namespace fa::cuda {
 namespace {
 
@@ -11,7 +13,6 @@ constexpr int kMapBFloat16 = 9;
 constexpr int kSwizzle128Bytes = 3;
 constexpr int kPromote256Bytes = 3;
 
-constexpr uint32_t kBoxColumns = 64;
 constexpr int kMaxMapRank = 5;
 
 // What a map depends on beside where its tensor lies.
@@ -83,7 +84,7 @@ core::Status encode(const Driver& driver, const core::TensorView& view, int rows
   if (ends) add({rows_of(view).size + 1, rows_of(view).stride});
   add(dimension(view, row + 1));
   add(dimension(view, row - 1));
-  const uint32_t box[kMaxMapRank] = {kBoxColumns, static_cast<uint32_t>(rows), 1, 1, 1};
+  const uint32_t box[kMaxMapRank] = {kBlockColumns, static_cast<uint32_t>(rows), 1, 1, 1};
   const uint32_t steps[kMaxMapRank] = {1, 1, 1, 1, 1};
   return driver.check(
       driver.encode_tensor_map(

@@ -37,6 +37,9 @@ struct KernelSpec {
   constexpr bool operator==(const KernelSpec&) const = default;
 };
 
+// forward_sm90: columns of 16-bit elements that the copy engine moves at once.
+inline constexpr int kBlockColumns = 64;
+
 // Shared memory that a launch asks for. forward_sm80: q, and stages of k and v.
 constexpr int forward_sm80_shared_bytes(const KernelSpec& spec) {
   return 2 * (spec.tile_m * spec.head_dim +

@@ -8,7 +8,6 @@ namespace fa::cuda {
 
 using MatrixDescriptor = unsigned long long;
 
-inline constexpr int kBlockColumns = 64;
 inline constexpr int kBlockRowBytes = 128;
 inline constexpr int kPeriodBytes = 8 * kBlockRowBytes;
 
