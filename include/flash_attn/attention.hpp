@@ -297,8 +297,8 @@ struct ForwardArgs {
   // q there too where causal or windowed, else all of it at cache_seqlens.
   Tensor rotary_cos{};
   Tensor rotary_sin{};
-  bool rotary_interleaved = false;  // pairs (0, 1), (2, 3)..., else (d, d + D_rotary / 2)
-  std::int64_t num_splits = 0;      // of the keys; 0: chosen, 1: none
+  bool rotary_interleaved = true;  // pairs (0, 1), (2, 3)..., else (d, d + D_rotary / 2)
+  std::int64_t num_splits = 0;     // of the keys; 0: chosen, 1: none
 
   Tensor alibi_slopes{};  // fp32 [H] or [B, H]
   Tensor attn_bias{};  // broadcastable to [B, H, Sq, Sk]; fp32 or q's dtype; bool: keep where true

@@ -116,7 +116,14 @@ typedef struct fa_attention_args {
   void* workspace_context;
 } fa_attention_args;
 
-FA_API void fa_attention_args_init(fa_attention_args* args);
+FA_API void fa_attention_args_init_sized(fa_attention_args* args, size_t struct_size);
+
+/* No tensors, no options, windows of -1, rotary_interleaved 1; all else is 0 or NULL. Inline, so
+ * that struct_size is what the caller was compiled with: a library of another version then refuses
+ * the call in place of misreading it. */
+static inline void fa_attention_args_init(fa_attention_args* args) {
+  fa_attention_args_init_sized(args, sizeof(fa_attention_args));
+}
 
 /* out = softmax(scale * q k^T + bias, masked) v, after Dao et al., "FlashAttention" (2022). Returns
  * when the result is written (CPU) or enqueued (GPU). */
@@ -160,7 +167,13 @@ typedef struct fa_attention_gradients {
   int32_t deterministic; /* bitwise equal from run to run; the CPU always is */
 } fa_attention_gradients;
 
-FA_API void fa_attention_gradients_init(fa_attention_gradients* gradients);
+FA_API void fa_attention_gradients_init_sized(fa_attention_gradients* gradients,
+                                              size_t struct_size);
+
+/* No tensors; see fa_attention_args_init(). */
+static inline void fa_attention_gradients_init(fa_attention_gradients* gradients) {
+  fa_attention_gradients_init_sized(gradients, sizeof(fa_attention_gradients));
+}
 
 /* The gradients of sum(dout * out) by q, k, v, attn_bias and learnable_sink, after Dao,
  * "FlashAttention-2" (2023), section 3.1.2: the probabilities P are computed anew from lse, so the

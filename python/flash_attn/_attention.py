@@ -46,8 +46,8 @@ _NO_FORWARD_MODE = (
     " implemented; use reverse mode, or torch.nn.functional.scaled_dot_product_attention"
 )
 _UNSUPPORTED_TRANSFORMS = {
-    "Vmap": "torch.func.vmap: attention has no batching rule; fold the mapped dimension into the"
-    " batch, which is the first dimension of q, k and v",
+    "Vmap": "torch.func.vmap: attention and its gradient have no batching rule; fold the mapped"
+    " dimension into the batch, which is the first dimension of q, k and v, or call in a loop",
     "Grad": "torch.func.grad, vjp and jacrev of attention are not implemented; use"
     " torch.autograd.grad, whose gradients are the same",
     "Jvp": _NO_FORWARD_MODE,
@@ -197,7 +197,7 @@ def forward(
         from . import _operators
 
         return *_operators.forward(q, k, v, attn_bias, learnable_sink, options, seed, offset), seed
-    q, k, v = usable(q), usable(k), usable(v)
+    q, k, v = compact(q), compact(k), compact(v)
     dropout_p = options.dropout_p
     lse = s_dmask = None
     try:
@@ -237,6 +237,8 @@ def _run_with_numbers(
     """What to do where `function`, a native one, has raised `error`: the original's options pass
     through operators of PyTorch, for which a tensor of one element is a number and None is False.
     With such among `arguments` it is called again; else what is wrong is raised."""
+    if any(isinstance(x, _Tensor) and _is_batched(x) for x in arguments):
+        raise NotImplementedError(_UNSUPPORTED_TRANSFORMS["Vmap"]) from None
     kinds = [*(first or {}).values(), *_native.ARGUMENTS.values()]
     numbers = tuple(_as_number(kind, value) for kind, value in zip(kinds, arguments))
     try:
@@ -246,6 +248,11 @@ def _run_with_numbers(
     except _CLARIFIED as again:
         clear = _native.clarify(again, numbers, first)
         raise clear from (None if clear is again else again)
+
+
+def _is_batched(x: torch.Tensor) -> bool:
+    """By vmap, or by is_grads_batched of torch.autograd.grad()."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _as_number(kind: str, value: Any) -> Any:
@@ -279,9 +286,9 @@ def backward(
         *gradients,
         options.deterministic,
         *_arguments(
-            usable(q),
-            usable(k),
-            usable(v),
+            compact(q),
+            compact(k),
+            compact(v),
             out,
             lse,
             None,
@@ -429,6 +436,10 @@ def _arguments(
     window_left, window_right = window(options)
     if isinstance(attn_bias, _Tensor):
         attn_bias = usable(attn_bias)
+    if isinstance(learnable_sink, _Tensor):
+        learnable_sink = compact(learnable_sink)
+    if isinstance(alibi_slopes, _Tensor):
+        alibi_slopes = compact(alibi_slopes)
     return (
         q,
         k,
@@ -484,7 +495,7 @@ def with_kvcache(
         return _operators.with_kvcache(
             q, cache, kvcache_arguments, attn_bias, learnable_sink, options
         )
-    q = usable(q)
+    q = compact(q)
     out = _new_out(q, cache[1])
     lse = new_lse(q, None) if wants_lse else None
     run_with_kvcache(q, cache, out, lse, kvcache_arguments, attn_bias, learnable_sink, options)
@@ -504,7 +515,12 @@ def run_with_kvcache(
     options: Options,
 ) -> None:
     """Appends to the cache; writes out and lse."""
+    if any(x.is_neg() for x in cache):
+        raise ValueError("k_cache, v_cache: must not be views of negated values")
     call = _arguments(q, *cache, out, lse, None, attn_bias, learnable_sink, options, 0)
+    kvcache_arguments = tuple(
+        compact(x) if isinstance(x, _Tensor) else x for x in kvcache_arguments
+    )
     arguments = (*kvcache_arguments, *call)
     try:
         if q.is_cpu and _native_on_cpu:
@@ -543,20 +559,23 @@ def _place_of_seed(generator: torch.Generator | None) -> torch.Tensor:
     return _empty((), dtype=torch.int64, device="cpu" if generator is None else generator.device)
 
 
+def compact(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where its last dimension is not contiguous."""
+    return _of_strides(x, (1,))
+
+
 def usable(x: torch.Tensor) -> torch.Tensor:
+    """The same, but for a last dimension that is broadcast, as attn_bias may be."""
+    return _of_strides(x, (0, 1))
+
+
+def _of_strides(x: torch.Tensor, last: tuple[int, ...]) -> torch.Tensor:
     # A view with the negative bit set holds its values negated, which DLPack cannot say.
     if x.is_neg():
         x = x.resolve_neg()
     if x.is_contiguous():  # one question, for nearly all
         return x
-    # A last dimension of stride 0 is a broadcast one: right for attn_bias, refused elsewhere.
-    return x if x.dim() == 0 or x.stride(-1) in (0, 1) else x.contiguous()
-
-
-def compact(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy where its last dimension is not contiguous."""
-    x = usable(x)
-    return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.dim() == 0 or x.stride(-1) in last else x.contiguous()
 
 
 # The shapes below follow from arguments that nobody has checked yet. Where those are wrong any

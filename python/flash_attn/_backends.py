@@ -242,10 +242,12 @@ def _native_lines(
 ) -> Iterator[Line]:
     if not _native_serves(request.call):
         return
-    text = getattr(_native, kind.explain)(*arguments[:-1], _forced(request.call))
+    forced = _forced(request.call)
+    in_python = forced in NAMES
+    text = getattr(_native, kind.explain)(*arguments[:-1], "" if in_python else forced)
     for line in str(text).splitlines():
         name, outcome, reason = line.split(maxsplit=2)
-        yield name, outcome, reason
+        yield (name, "excluded", _forced_reason(forced)) if in_python else (name, outcome, reason)
 
 
 def _python_line(
@@ -253,7 +255,7 @@ def _python_line(
 ) -> Iterator[Line]:
     forced = _forced(request.call)
     if forced and forced != name:
-        yield name, "excluded", f"backend '{forced}' is forced"
+        yield name, "excluded", _forced_reason(forced)
         return
     if not isinstance(request.call.q, torch.Tensor):
         yield name, "refused", "takes PyTorch tensors only"
@@ -261,6 +263,10 @@ def _python_line(
     module = _module(name)
     reason = module.refusal(request)
     yield name, "refused" if reason else "chosen", reason or module.DESCRIPTION
+
+
+def _forced_reason(forced: str) -> str:
+    return f"backend '{forced}' is forced"
 
 
 # ---- Validating. ----

@@ -324,19 +324,12 @@ class _Forward:
                 self.write_s_dmask(first, last, greatest)
         if call.s_dmask is not None:
             self.clear_s_dmask_behind_the_sequences()
-        self.finish(out, call.out)
+        rows.finish(call.out, out)
         if call.lse is not None:
-            self.finish(lse, call.lse.transpose(-1, -2)[..., None])
-
-    def finish(self, computed: torch.Tensor, to: torch.Tensor) -> None:
-        """Rows that belong to no sequence are left as they are."""
-        if self.call.varlen:
-            total = self.scores.queries.total
-            row = torch.arange(total, device=to.device)[:, None, None]
-            owned = row < self.call.cu_seqlens_q[-1]
-            to.copy_(torch.where(owned, computed[:total].to(to.dtype), to))
-        else:
-            self.scores.queries.finish(to, computed)
+            if call.varlen:  # rows of no sequence are still zeros, which out's are to be
+                row = torch.arange(lse.size(0), device=lse.device)[:, None, None]
+                lse.masked_fill_(row >= call.cu_seqlens_q[-1], math.inf)
+            rows.finish(call.lse.transpose(-1, -2)[..., None], lse)
 
     def attend(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(out [B, H, m, Dv], lse and greatest score [B, H, m, 1]) of a block of queries."""
@@ -368,7 +361,8 @@ class _Forward:
             shrink = _exp(greatest, above)
             out, total, greatest = out * shrink, total * shrink + _exp(sink, above), above
         empty = total == 0.0
-        lse = torch.where(empty, math.inf, greatest + total.log())
+        nothing = math.inf if call.learnable_sink is None else -math.inf
+        lse = torch.where(empty, nothing, greatest + total.log())
         factor = 1.0 / (1.0 - call.dropout_p)
         return out * torch.where(empty, 0.0, factor / total), lse
 
@@ -424,7 +418,7 @@ class _Backward:
         dk, dv = scores.keys.accumulator(call.k), scores.keys.accumulator(call.v)
         # [.., H, 1], like the rows of out.
         delta = (gradients.dout.float() * call.out.float()).sum(-1, keepdim=True)
-        lse = call.lse.transpose(-1, -2)[..., None]
+        lse = _lse_of_terms(call)[..., None]
         for first, last in scores.query_blocks():
             q, dout, row_delta, row_lse = (
                 scores.queries.load(x, first, last) for x in (call.q, gradients.dout, delta, lse)
@@ -449,6 +443,10 @@ class _Backward:
         s, tanh, hidden = scores.of(row.q, k, tile)
         # A query that sees nothing has lse = +inf, and so P = 0.
         probabilities = (s - row.lse).exp_()
+        if not isinstance(scores.seqlen_q, int):
+            # Rows behind a sequence's end have been read as zeros, their lse too.
+            i = torch.arange(tile.first_q, tile.last_q, device=s.device)[:, None]
+            probabilities.masked_fill_(i >= scores.seqlen_q[:, None, None, None], 0.0)
         d_probabilities = scores.product(row.dout, v)
         if call.dropout_p > 0.0:
             factor = scores.kept(tile).float().mul_(1.0 / (1.0 - call.dropout_p))
@@ -459,10 +457,6 @@ class _Backward:
         ds = probabilities * (d_probabilities - row.delta)
         if hidden is not None:
             ds = ds.masked_fill_(hidden, 0.0)
-        if not isinstance(scores.seqlen_q, int):
-            # Rows behind a sequence's end have been read as zeros, their lse too.
-            i = torch.arange(tile.first_q, tile.last_q, device=s.device)[:, None]
-            ds = ds.masked_fill_(i >= scores.seqlen_q[:, None, None, None], 0.0)
         if self.d_bias is not None:
             part = scores.part(self.d_bias, tile)
             part += ds.sum_to_size(part.shape)
@@ -491,9 +485,15 @@ class _Row(NamedTuple):
     lse: torch.Tensor
 
 
+def _lse_of_terms(call: Call) -> torch.Tensor:
+    """lse like the rows of out; +inf also where there is no term but a sink of -inf: P = 0."""
+    lse = call.lse.transpose(-1, -2)
+    return lse if call.learnable_sink is None else lse.masked_fill(lse == -math.inf, math.inf)
+
+
 def write_sink_gradient(call: Call, gradients: Gradients, delta: torch.Tensor) -> None:
     """d sink_h = -sum_i exp(sink_h - lse_i) delta_i; delta [B, Sq, H], varlen [total_q, H]."""
-    terms = (call.learnable_sink.float() - call.lse.transpose(-1, -2)).exp_() * delta
+    terms = (call.learnable_sink.float() - _lse_of_terms(call)).exp_() * delta
     if call.varlen:  # rows that belong to no sequence hold anything
         row = torch.arange(terms.size(0), device=terms.device)[:, None]
         terms = terms.masked_fill_(row >= call.cu_seqlens_q[-1], 0.0)

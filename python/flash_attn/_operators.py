@@ -254,9 +254,9 @@ def _forward(
     results = _forward_results(q, k, v, options)
     out, lse, s_dmask = results
     _attention.run_forward(
-        _attention.usable(q),
-        _attention.usable(k),
-        _attention.usable(v),
+        _attention.compact(q),
+        _attention.compact(k),
+        _attention.compact(v),
         out,
         lse,
         s_dmask if s_dmask.numel() > 0 else None,
@@ -332,7 +332,7 @@ def _with_kvcache(
     attn_bias, learnable_sink, _, options = _unflatten(*rest[num_own:])
     results = _with_kvcache_fake(q, k_cache, v_cache)
     _attention.run_with_kvcache(
-        _attention.usable(q),
+        _attention.compact(q),
         (k_cache, v_cache),
         *results,
         rest[:num_own],

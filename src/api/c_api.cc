@@ -1,5 +1,6 @@
 // The C interface: turns its structs into the core's views, and the core's Status into its codes.
 // No exception and no message leaves by another way.
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <string>
@@ -154,7 +155,8 @@ Status to_view(const fa_tensor* tensor, const char* name, TensorView& view) {
                                   ", must be one that the library knows: float32, float16, "
                                   "bfloat16; int32 for lengths and indices; bool for a mask");
   }
-  view.device = {static_cast<core::DeviceType>(tensor->device_type), tensor->device_id};
+  const auto type = static_cast<core::DeviceType>(tensor->device_type);
+  view.device = {type, type == core::DeviceType::kCpu ? 0 : tensor->device_id};
   view.ndim = tensor->ndim;
   for (int d = 0; d < view.ndim; ++d) view.shape[d] = tensor->shape[d];
   if (tensor->strides == nullptr) {
@@ -166,12 +168,23 @@ Status to_view(const fa_tensor* tensor, const char* name, TensorView& view) {
   return {};
 }
 
+// `given` has struct_size bytes, by the caller's header; what this library does not know of them is
+// zero.
+template <class Struct>
+void init_struct(Struct* given, size_t struct_size, Struct defaults) {
+  if (given == nullptr) return;
+  defaults.struct_size = struct_size;
+  std::memset(static_cast<void*>(given), 0, struct_size);
+  std::memcpy(static_cast<void*>(given), &defaults, std::min(struct_size, sizeof(Struct)));
+}
+
 template <class Struct>
 Status check_struct(const Struct* given, const char* name, const char* init) {
   if (given == nullptr) return core::invalid_argument(name, " is NULL");
   if (given->struct_size == sizeof(Struct)) return {};
   return core::invalid_argument(name, ": struct_size is ", given->struct_size,
-                                ", this library's is ", sizeof(Struct), "; start from ", init);
+                                ", this library's is ", sizeof(Struct), "; start from ", init,
+                                ", with the header of this library's version");
 }
 
 Status check_args(const fa_attention_args* args) {
@@ -322,7 +335,7 @@ Status run_plan(const core::Plan& plan, const AttentionArgs& args,
   if (args.q.device.type != core::DeviceType::kCpu) return run_on_device(plan, args, c_args);
   thread_local Workspace workspace;
   const core::Stream stream{c_args.stream, &cpu::default_parallel()};
-  const int64_t bytes = plan.workspace_bytes(stream.parallel->num_workers());
+  const int64_t bytes = plan.workspace_bytes(stream.num_workers);
   void* scratch = workspace.reserve(bytes);
   if (bytes > 0 && scratch == nullptr) return no_workspace(bytes);
   Status status = plan.run(args, scratch, stream);
@@ -371,6 +384,7 @@ Status run(const fa_attention_args* c_args, const fa_attention_gradients* c_grad
 // run(), of a known call.
 Status run_known(const fa_attention_args* c_args, const fa_attention_gradients* c_gradients,
                  int32_t* ran) {
+  if (ran == nullptr) return core::invalid_argument("ran is NULL");
   *ran = 0;
   FA_TRY(check_args(c_args));
   CallKey key;
@@ -404,38 +418,28 @@ Status explain(const Result<AttentionProblem>& problem, const AttentionArgs& arg
                const fa_attention_args* c_args, const TextBuffer& to) {
   if (!problem.ok()) return problem.status();
   const CallSettings settings = core::environment::call_settings();
-  to.write(core::to_string(
-      core::explain(problem.value(), args.q.device, forced_backend(*c_args, settings))));
+  const std::string_view forced = forced_backend(*c_args, settings);
+  FA_TRY(core::check_forced(args.q.device, forced));
+  to.write(core::to_string(core::explain(problem.value(), args.q.device, forced)));
   return {};
 }
 
 // ---- The oracle ----
 
-// Row-major strides for a stand-in, which nothing reads or writes. They wrap where the sizes
-// overflow; the checks of the call refuse those by the tensor that has them.
-void set_stand_in_strides(TensorView& view) {
-  view.strides = {};
-  int64_t stride = 1;
-  for (int d = view.ndim - 1; d >= 0; --d) {
-    view.strides[d] = stride;
-    stride = static_cast<int64_t>(static_cast<uint64_t>(stride) *
-                                  static_cast<uint64_t>(view.shape[d] > 1 ? view.shape[d] : 1));
-  }
-}
-
 // Stand-ins for what the checks of a whole call ask for and the oracle does not: outputs, or, for
 // the backward, inputs that it computes itself.
 TensorView stand_in(const TensorView& like) {
   TensorView view = like;
-  set_stand_in_strides(view);
+  view.strides = core::row_major_strides(view);
   return view;
 }
 
 TensorView out_stand_in(const AttentionArgs& args) {
-  if (args.q.ndim < 1 || args.v.ndim < 1) return {};  // the checks will say so of q and v
+  // A tensor by itself, for the checks to say what is wrong with q or v.
+  if (args.q.ndim < 1 || args.v.ndim < 1) return stand_in(args.q);
   TensorView view = args.q;
   view.shape[view.ndim - 1] = args.v.shape[args.v.ndim - 1];
-  set_stand_in_strides(view);
+  view.strides = core::row_major_strides(view);
   return view;
 }
 
@@ -452,7 +456,7 @@ TensorView lse_stand_in(const AttentionArgs& args, const AttentionProblem& probl
     view.ndim = 3;
     view.shape = {problem.batch, problem.num_heads, problem.seqlen_q};
   }
-  set_stand_in_strides(view);
+  view.strides = core::row_major_strides(view);
   return view;
 }
 
@@ -472,13 +476,12 @@ Status check_result(const TensorView& view, const char* name, const TensorView& 
                                   core::shape_text(like));
   }
   if (view.num_elements() == 0) return {};
-  int64_t stride = 1;
-  for (int d = view.ndim - 1; d >= 0; --d) {
-    if (view.shape[d] > 1 && view.strides[d] != stride) {
+  const auto strides = core::row_major_strides(view);
+  for (int d = 0; d < view.ndim; ++d) {
+    if (view.shape[d] > 1 && view.strides[d] != strides[d]) {
       return core::invalid_argument(name, ": strides[", d, "] is ", view.strides[d], ", must be ",
-                                    stride, " (row-major without gaps)");
+                                    strides[d], " (row-major without gaps)");
     }
-    stride *= view.shape[d];
   }
   if (view.data == nullptr) {
     return core::invalid_argument(name, ": data is NULL, shape is ", core::shape_text(view));
@@ -494,6 +497,9 @@ Result<AttentionProblem> read_oracle(const fa_attention_args* c_args, AttentionA
   FA_TRY(to_core(&inputs, args));
   args.out = out_stand_in(args);
   Result<AttentionProblem> problem = core::validate_forward(args);
+  if (problem.ok() && problem.value().appends) {
+    return core::unsupported("k_new: is given; the oracle reads a KV cache and appends nothing");
+  }
   if (problem.ok() && args.q.device.type != core::DeviceType::kCpu) {
     return core::unsupported("q: lies on ", core::name(args.q.device),
                              "; the oracle reads tensors on cpu only");
@@ -613,11 +619,17 @@ std::vector<std::string> probe(core::DeviceType device_type) {
 }
 
 const std::vector<std::string>& unavailability(core::DeviceType device_type) {
-  static const std::vector<std::string> cpu = probe(core::DeviceType::kCpu);
-  static const std::vector<std::string> cuda = probe(core::DeviceType::kCuda);
+  // Only what is asked for: probing CUDA starts it.
+  if (device_type == core::DeviceType::kCpu) {
+    static const std::vector<std::string> cpu = probe(core::DeviceType::kCpu);
+    return cpu;
+  }
+  if (device_type == core::DeviceType::kCuda) {
+    static const std::vector<std::string> cuda = probe(core::DeviceType::kCuda);
+    return cuda;
+  }
   static const std::vector<std::string> none;
-  if (device_type == core::DeviceType::kCpu) return cpu;
-  return device_type == core::DeviceType::kCuda ? cuda : none;
+  return none;
 }
 
 const char* why_unavailable(core::DeviceType device_type, int32_t index) {
@@ -635,13 +647,12 @@ using fa::api::guarded;
 
 extern "C" {
 
-void fa_attention_args_init(fa_attention_args* args) {
-  if (args == nullptr) return;
-  *args = fa_attention_args{};
-  args->struct_size = sizeof(fa_attention_args);
-  args->window_size_left = -1;
-  args->window_size_right = -1;
-  args->rotary_interleaved = 1;
+void fa_attention_args_init_sized(fa_attention_args* args, size_t struct_size) {
+  fa_attention_args defaults{};
+  defaults.window_size_left = -1;
+  defaults.window_size_right = -1;
+  defaults.rotary_interleaved = 1;
+  fa::api::init_struct(args, struct_size, defaults);
 }
 
 fa_status fa_forward(const fa_attention_args* args) {
@@ -671,10 +682,8 @@ fa_status fa_validate(const fa_attention_args* args, const fa_attention_gradient
   return guarded([&] { return fa::api::validate(args, gradients, values_are_real != 0); });
 }
 
-void fa_attention_gradients_init(fa_attention_gradients* gradients) {
-  if (gradients == nullptr) return;
-  *gradients = fa_attention_gradients{};
-  gradients->struct_size = sizeof(fa_attention_gradients);
+void fa_attention_gradients_init_sized(fa_attention_gradients* gradients, size_t struct_size) {
+  fa::api::init_struct(gradients, struct_size, fa_attention_gradients{});
 }
 
 fa_status fa_backward(const fa_attention_args* args, const fa_attention_gradients* gradients) {
@@ -688,7 +697,7 @@ fa_status fa_backward(const fa_attention_args* args, const fa_attention_gradient
 fa_status fa_backward_known(const fa_attention_args* args, const fa_attention_gradients* gradients,
                             int32_t* ran) {
   return guarded([&]() -> fa::core::Status {
-    *ran = 0;
+    if (ran != nullptr) *ran = 0;
     FA_TRY(fa::api::check_gradients(gradients, "gradients"));
     return fa::api::run_known(args, gradients, ran);
   });

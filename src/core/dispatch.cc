@@ -69,26 +69,29 @@ std::string list_names(std::span<const Implementation> list) {
 
 Result<Choice> choose_uncached(const AttentionProblem& problem, Device device,
                                std::string_view forced) {
+  FA_TRY(check_forced(device, forced));
   const auto list = implementations(device.type);
   std::string refusals;
-  bool known = false;
   for (const Implementation& implementation : list) {
     if (!names(forced, implementation.name)) continue;
-    known = true;
     Result<PlanPtr> plan = implementation.accept(problem, device);
     if (plan.ok()) return Choice{implementation.name, plan.value()};
     refusals += concat("\n  ", implementation.name, ": ", plan.status().message());
-  }
-  if (!forced.empty() && !known) {
-    return invalid_argument("backend: '", forced,
-                            "' (by argument or FLASH_ATTENTION_BACKEND) is not a backend for ",
-                            name(device), "; known here: ", list_names(list));
   }
   return unsupported("no implementation on ", name(device), " takes this problem (",
                      to_string(problem), "):", refusals.empty() ? " none is registered" : refusals);
 }
 
 }  // namespace
+
+Status check_forced(Device device, std::string_view forced) {
+  const auto list = implementations(device.type);
+  const auto is_meant = [&](const Implementation& it) { return names(forced, it.name); };
+  if (forced.empty() || std::any_of(list.begin(), list.end(), is_meant)) return {};
+  return invalid_argument("backend: '", forced,
+                          "' (by argument or FLASH_ATTENTION_BACKEND) is not a backend for ",
+                          name(device), "; known here: ", list_names(list));
+}
 
 Result<Choice> choose(const AttentionProblem& problem, Device device, std::string_view forced) {
   if (environment::verbose_dispatch()) {

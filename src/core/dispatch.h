@@ -14,9 +14,13 @@ struct Choice {
   PlanPtr plan;
 };
 
-// The first implementation of the device's list that accepts the problem. `forced` ("cpu",
-// "cpu:avx2", "reference"; "" for none) restricts the list to that name or family; a forced backend
-// that refuses is an error, never a reason to fall back. Plans are cached.
+// Whether `forced`, a name ("cpu:avx2", "reference"), a family ("cpu") or "" for none, means an
+// implementation of the device's list.
+Status check_forced(Device device, std::string_view forced);
+
+// The first implementation of the device's list that accepts the problem. `forced` restricts
+// the list; a forced backend that refuses is an error, never a reason to fall back. Plans are
+// cached.
 Result<Choice> choose(const AttentionProblem& problem, Device device, std::string_view forced);
 
 struct Candidate {

@@ -15,8 +15,10 @@ namespace fa::core {
 
 // Where a plan runs.
 struct Stream {
-  void* handle = nullptr;        // a GPU's stream
-  Parallel* parallel = nullptr;  // a CPU's threads
+  void* handle;        // a GPU's stream
+  Parallel* parallel;  // a CPU's threads, or null
+  // Of which as many take part. Asked once: from one moment to the next they may answer otherwise.
+  int num_workers = parallel != nullptr ? parallel->num_workers() : 1;
 };
 
 // Immutable; may be run from several threads at once, each with its own workspace.

@@ -50,6 +50,17 @@ struct TensorView {
   }
 };
 
+// Without gaps. Where the sizes overflow they wrap.
+inline std::array<int64_t, kMaxRank> row_major_strides(const TensorView& view) {
+  std::array<int64_t, kMaxRank> strides{};
+  uint64_t stride = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    strides[d] = static_cast<int64_t>(stride);
+    stride *= static_cast<uint64_t>(view.shape[d]);
+  }
+  return strides;
+}
+
 constexpr int64_t byte_size(DataType dtype) {
   switch (dtype) {
     case DataType::kFloat64:

@@ -11,8 +11,8 @@
 namespace fa::core {
 namespace {
 
-// Lengths of varlen sequences are differences of int32.
-constexpr int64_t kMaxVarlenLength = std::numeric_limits<int32_t>::max();
+// Lengths of varlen sequences are differences of int32, and positions are counted so.
+constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();
 constexpr int64_t kSDmaskMultiple = 128;
 
 // ---- q, k, v and out. ----
@@ -140,9 +140,10 @@ Status check_only_with_layout(const AttentionArgs& args, Layout layout) {
         Named{"v_new", args.v_new}, Named{"rotary_cos", args.rotary_cos},
         Named{"rotary_sin", args.rotary_sin}}) {
     if (!tensor.view.present()) continue;
-    return invalid_argument(tensor.name,
-                            ": is given, must only be used with a dense q and "
-                            "cache_seqlens");
+    return invalid_argument(tensor.name, ": is given, must ",
+                            layout == Layout::kVarlen
+                                ? "not be used with cu_seqlens_q and cu_seqlens_k"
+                                : "only be used with cache_seqlens");
   }
   return {};
 }
@@ -167,8 +168,8 @@ Status check_layout(const AttentionArgs& args, AttentionProblem* problem) {
 }
 
 Status check_max_seqlen(const char* name, int64_t max_seqlen) {
-  if (max_seqlen >= 0 && max_seqlen <= kMaxVarlenLength) return {};
-  return invalid_argument(name, ": is ", max_seqlen, ", must be in [0, ", kMaxVarlenLength, "]");
+  if (max_seqlen >= 0 && max_seqlen <= kMaxLength) return {};
+  return invalid_argument(name, ": is ", max_seqlen, ", must be in [0, ", kMaxLength, "]");
 }
 
 Status check_varlen_sizes(const AttentionArgs& args, AttentionProblem* problem) {
@@ -255,11 +256,26 @@ Status check_longest(const AttentionArgs& args, const AttentionProblem& problem)
 Status check_varlen_values(const AttentionArgs& args, const AttentionProblem& problem) {
   const bool paged = problem.page_size > 0;
   FA_TRY(check_cu_seqlens({"cu_seqlens_q", args.cu_seqlens_q}, args.q.shape[0], "q's total_q"));
-  FA_TRY(check_cu_seqlens({"cu_seqlens_k", args.cu_seqlens_k},
-                          paged ? kMaxVarlenLength : args.k.shape[0], "k's total_k"));
+  FA_TRY(check_cu_seqlens({"cu_seqlens_k", args.cu_seqlens_k}, paged ? kMaxLength : args.k.shape[0],
+                          "k's total_k"));
   if (args.seqused_k.present()) FA_TRY(check_seqused_k(args, problem.batch));
   FA_TRY(check_longest(args, problem));
   return paged ? check_page_indices(args, problem) : Status{};
+}
+
+Status check_counts(const AttentionProblem& problem) {
+  struct Count {
+    const char* what;
+    int64_t value;
+  };
+  for (const Count& it :
+       {Count{"q: batch", problem.batch}, Count{"q: num_heads", problem.num_heads},
+        Count{"q: seqlen_q", problem.seqlen_q}, Count{"k: seqlen_k", problem.seqlen_k},
+        Count{"k_new: seqlen_new", problem.seqlen_new}}) {
+    if (it.value <= kMaxLength) continue;
+    return invalid_argument(it.what, " is ", it.value, ", must be at most ", kMaxLength);
+  }
+  return {};
 }
 
 // ---- Scalars. ----
@@ -419,6 +435,7 @@ Status check_all(const AttentionArgs& args, AttentionProblem* problem) {
   } else {
     FA_TRY(check_dense_sizes(args, problem));
   }
+  FA_TRY(check_counts(*problem));
   FA_TRY(check_scalars(args, problem));
   FA_TRY(check_alibi(args, problem));
   FA_TRY(check_bias(args, problem));

@@ -129,6 +129,10 @@ Status check_row(const AttentionArgs& args, const AttentionProblem& problem, int
   const int32_t length = args.cache_seqlens.as<const int32_t>()[b];
   const int64_t room = capacity(args, problem);
   const int64_t end = length + problem.seqlen_new;
+  if (problem.seqlen_new > room) {
+    return invalid_argument("k_new: seqlen_new is ", problem.seqlen_new, ", must be at most ", room,
+                            ", the tokens that a row of the cache has room for");
+  }
   if (length < 0 || end > room) {
     return invalid_argument("cache_seqlens: entry ", b, " is ", length, ", must be in [0, ",
                             room - problem.seqlen_new, "]: the cache has room for ", room,

@@ -29,11 +29,9 @@ class BackwardTaskRun {
   BackwardTaskRun(const BackwardCall& call, int64_t batch, int64_t head_kv, float* scratch)
       : call_(call),
         problem_(call.problem),
-        args_(call.args),
         run_(call, batch, head_kv),
         batch_(batch),
         k_row_(round_up(problem_.head_dim, kMaxLanes)),
-        v_row_(round_up(problem_.head_dim_v, kMaxLanes)),
         layout_(BackwardScratch::layout(problem_, call.tile_keys, Products::kPairs,
                                         {call.own_lanes, call.num_chunks})),
         buffers_(call.owns_panels() ? layout_.panels.at(scratch) : call.buffers),
@@ -229,11 +227,9 @@ class BackwardTaskRun {
 
   const BackwardCall& call_;
   const core::AttentionProblem& problem_;
-  const core::AttentionArgs& args_;
   const SequenceRun run_;
   const int64_t batch_;
   const int64_t k_row_;
-  const int64_t v_row_;
   const BackwardScratch layout_;
   const BackwardBuffers buffers_;
   Products products_;

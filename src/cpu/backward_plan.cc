@@ -109,7 +109,7 @@ class BackwardPlan final : public core::Plan {
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
     float* shared = static_cast<float*>(workspace);
-    const WorkspaceLayout& layout = layout_for(stream.parallel->num_workers());
+    const WorkspaceLayout& layout = layout_for(stream.num_workers);
     const BackwardCall call{make_call(args, problem_, set_, tile_keys_, false),
                             layout.buffers.at(shared),
                             shared + layout.lse,
@@ -123,7 +123,8 @@ class BackwardPlan final : public core::Plan {
       for (const BackwardTask& task : tasks) flops += task.cost;
       const bool equal = !tasks.empty() && tasks.front().cost == tasks.back().cost;
       for_each_task(*stream.parallel, static_cast<int64_t>(tasks.size()),
-                    useful_workers(flops, *stream.parallel), equal, [&](int64_t task, int worker) {
+                    useful_workers(flops, stream.num_workers), equal,
+                    [&](int64_t task, int worker) {
                       kernel(call, tasks[task], shared + layout.shared + worker * layout.scratch);
                     });
     };

@@ -35,6 +35,7 @@ CeilingLoops ceiling_loops<HWY_TARGET>() {
 
 #include "cpu/cpu.h"
 #include "cpu/pages.h"
+#include "cpu/processors.h"
 
 namespace fa::cpu {
 namespace {
@@ -238,7 +239,6 @@ core::Result<ArithmeticLoop> arithmetic_loop(std::string_view kind) {
 }  // namespace
 
 core::Result<double> measure_ceiling(std::string_view kind, int num_threads) {
-  constexpr int kMaxThreads = 4096;
   if (num_threads < 0 || num_threads > kMaxThreads) {
     return core::invalid_argument("num_threads: is ", num_threads, ", must be 0 to ", kMaxThreads);
   }

@@ -185,7 +185,7 @@ class ForwardPlan final : public core::Plan {
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
     float* shared = static_cast<float*>(workspace);
-    const int num_workers = stream.parallel->num_workers();
+    const int num_workers = stream.num_workers;
     float* const scratch = shared + shared_floats(num_workers);
     const Cut cut = actual_cut(args, problem_, set_, num_workers);
     const SharedLayout layout(problem_, set_.panel, cut);
@@ -206,7 +206,8 @@ class ForwardPlan final : public core::Plan {
       }
       const bool equal = !tasks.empty() && tasks.front().order == tasks.back().order;
       for_each_task(*stream.parallel, static_cast<int64_t>(tasks.size()),
-                    useful_workers(flops, *stream.parallel), equal, [&](int64_t task, int worker) {
+                    useful_workers(flops, stream.num_workers), equal,
+                    [&](int64_t task, int worker) {
                       kernel(call, tasks[task], scratch + worker * scratch_floats_);
                     });
     };
@@ -225,11 +226,7 @@ class ForwardPlan final : public core::Plan {
   static core::TensorView rotated_queries(const core::TensorView& q, void* data) {
     core::TensorView view = q;
     view.data = data;
-    int64_t stride = 1;
-    for (int d = view.ndim - 1; d >= 0; --d) {
-      view.strides[d] = stride;
-      stride *= view.shape[d];
-    }
+    view.strides = core::row_major_strides(view);
     return view;
   }
 

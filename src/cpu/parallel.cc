@@ -117,7 +117,7 @@ class OwnThreads final : public core::Parallel {
   void forget_threads() { pool_.forget_threads(); }
 
  private:
-  const int wanted_ = core::environment::num_threads();
+  const int wanted_ = std::min(core::environment::num_threads(), kMaxThreads);
   ThreadPool pool_{wanted_ > 0 ? wanted_ : at_most_quota(processors_by_affinity())};
 };
 

@@ -32,10 +32,10 @@ void sort_by_cost(std::vector<Task>& tasks) {
 
 // How many threads `flops` of work are worth: below about 20 us each, another one costs more than
 // it brings.
-inline int useful_workers(double flops, const core::Parallel& parallel) {
+inline int useful_workers(double flops, int num_workers) {
   constexpr double kFlopsPerWorker = 2e6;
   return static_cast<int>(
-      std::min(1.0 + flops / kFlopsPerWorker, static_cast<double>(parallel.num_workers())));
+      std::min(1.0 + flops / kFlopsPerWorker, static_cast<double>(num_workers)));
 }
 
 }  // namespace fa::cpu

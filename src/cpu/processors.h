@@ -5,6 +5,9 @@
 
 namespace fa::cpu {
 
+// More than any machine has, and no more than a ThreadPool counts.
+inline constexpr int kMaxThreads = 4096;
+
 // Those of the calling thread's affinity mask (taskset), at least 1. Asked anew at each call.
 int processors_by_affinity();
 

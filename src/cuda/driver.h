@@ -25,7 +25,6 @@ enum class DeviceAttribute : int {
 };
 
 enum class FunctionAttribute : int {
-  kStaticSharedBytes = 1,
   kLocalBytes = 3,
   kRegisters = 4,
   kMaxDynamicSharedBytes = 8,

@@ -108,7 +108,7 @@ Status ForwardLaunch::run(const LoadedKernel& kernel, const TensorView& q,
   if (counts_tiles_ && workspace != nullptr) set_counter(workspace, blocks, launch_args.schedule);
   launch_args.schedule.num_blocks = static_cast<int>(std::min(blocks, kMaxBlocks));
   launch_args.splits.num_tiles = launch_args.schedule.num_blocks;
-  int64_t launched = num_launched(problem_, kernel.id, blocks, device_.properties);
+  int64_t launched = num_launched(kernel.id, blocks, device_.properties);
   const bool one_each =
       blocks > kMaxBlocks || (spec.varlen && launch_args.schedule.counter == nullptr);
   if (one_each) launched = std::max(launched, core::ceil_div(blocks, int64_t{spec.teams}));

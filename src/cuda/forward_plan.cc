@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <limits>
 
 #include "core/arithmetic.h"
 #include "cuda/device/kernel_args.h"
@@ -25,7 +26,9 @@ int band_side(int64_t side, int64_t longest) {
 
 BiasElement element_of(const TensorView& view, core::DataType own) {
   if (!view.present()) return BiasElement::kNone;
-  if (view.dtype == core::DataType::kBool) return BiasElement::kBoolean;
+  if (view.dtype == core::DataType::kBool || view.dtype == core::DataType::kUInt8) {
+    return BiasElement::kBoolean;
+  }
   return view.dtype == own ? BiasElement::kOwn : BiasElement::kFloat32;
 }
 
@@ -44,13 +47,20 @@ ShapeArgs shape_args(const AttentionProblem& problem) {
   return shape;
 }
 
+int at_most_int(int64_t value) {
+  return static_cast<int>(std::min<int64_t>(value, std::numeric_limits<int>::max()));
+}
+
 void set_sequences(const AttentionArgs& args, const AttentionProblem& problem, ForwardArgs& to) {
+  const bool has_bias = args.attn_bias.present();
+  to.sequences.most_queries = has_bias ? to.shape.seqlen_q : std::numeric_limits<int>::max();
+  to.sequences.most_keys = has_bias ? to.shape.seqlen_k : std::numeric_limits<int>::max();
   if (problem.layout == core::Layout::kVarlen) {
     to.sequences.cu_seqlens_q = args.cu_seqlens_q.as<const int>();
     to.sequences.cu_seqlens_k = args.cu_seqlens_k.as<const int>();
     if (args.seqused_k.present()) to.sequences.seqused_k = args.seqused_k.as<const int>();
     to.sequences.total_q = static_cast<int>(problem.total_q);
-    to.sequences.total_k = static_cast<int>(args.k.shape[0]);
+    to.sequences.total_k = at_most_int(args.k.shape[0]);
   }
   if (problem.page_size > 0) {
     to.pages.block_table = args.block_table.as<const int>();
@@ -58,8 +68,9 @@ void set_sequences(const AttentionArgs& args, const AttentionProblem& problem, F
     to.pages.page_size = static_cast<int>(problem.page_size);
     const auto page_size = static_cast<uint64_t>(problem.page_size);
     to.pages.page_shift = std::has_single_bit(page_size) ? std::countr_zero(page_size) : -1;
-    to.pages.num_pages = static_cast<int>(args.k.shape[0]);
-    to.pages.max_pages = static_cast<int>(args.block_table.shape[1]);
+    to.pages.num_pages = at_most_int(args.k.shape[0]);
+    to.pages.max_pages = static_cast<int>(
+        std::min(args.block_table.shape[1], core::ceil_div(kMaxLength, problem.page_size)));
   }
 }
 

@@ -20,8 +20,6 @@ constexpr int kHopper = 90;
 constexpr int64_t kMaxHeadDim = 256;
 // Rows after which the copy engine's swizzle repeats: pages are moved in boxes of whole periods.
 constexpr int64_t kBoxRowsMultiple = 8;
-// Positions are 32-bit in the kernels, with room for a window beside them.
-constexpr int64_t kMaxLength = int64_t{1} << 30;
 
 struct HeadDims {
   int qk;
@@ -326,6 +324,9 @@ SplitChoice choose_split_or(const KernelId& whole, const AttentionProblem& probl
   return {packed, shared.num_splits};
 }
 
+// Whether whole boxes of columns are padding: where D and Dv are unlike.
+bool lacks_columns(int64_t head_dim, int64_t padded) { return padded - head_dim >= kBlockColumns; }
+
 }  // namespace
 
 Status check_sm80(const AttentionProblem& problem, const DeviceProperties& properties) {
@@ -345,8 +346,9 @@ Status check_sm80(const AttentionProblem& problem, const DeviceProperties& prope
     return core::unsupported("head_dim is ", std::max(problem.head_dim, problem.head_dim_v),
                              ", must be at most ", kMaxHeadDim);
   }
-  if (std::max({problem.seqlen_q, problem.seqlen_k, problem.total_q}) > kMaxLength) {
-    return core::unsupported("a sequence or total_q is longer than ", kMaxLength);
+  if (std::max({problem.batch, problem.seqlen_q, problem.seqlen_k, problem.seqlen_new,
+                problem.total_q}) > kMaxLength) {
+    return core::unsupported("batch, a sequence or total_q is longer than ", kMaxLength);
   }
   return {};
 }
@@ -424,9 +426,6 @@ int64_t tiles_m(const AttentionProblem& problem, const KernelSpec& spec) {
   return std::max<int64_t>(core::ceil_div(rows, spec.tile_m), 1);
 }
 
-// Whether whole boxes of columns are padding: where D and Dv are unlike.
-bool lacks_columns(int64_t head_dim, int64_t padded) { return padded - head_dim >= kBlockColumns; }
-
 KernelId choose_sm90(const AttentionProblem& problem) {
   Features90 features{problem.softcap ? Score::kSoftcap : Score::kPlain, problem.dropout,
                       Loader::kVector, problem.layout != core::Layout::kDense};
@@ -478,7 +477,7 @@ bool takes_pairs(const AttentionProblem& problem, const KernelId& kernel,
          num_tiles(problem, kernel.spec) > num_teams(kernel.spec, properties);
 }
 
-int64_t num_launched(const AttentionProblem&, const KernelId& kernel, int64_t num_blocks,
+int64_t num_launched(const KernelId& kernel, int64_t num_blocks,
                      const DeviceProperties& properties) {
   // Blocks that stay start a tile while they finish the one before: the difference above.
   const bool stays = kernel.family == Family::kForward90;

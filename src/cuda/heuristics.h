@@ -11,6 +11,9 @@
 
 namespace fa::cuda {
 
+// Positions are 32-bit in the kernels, with room for a window beside them.
+inline constexpr int64_t kMaxLength = int64_t{1} << 30;
+
 // Why no kernel of the sm_80 family takes the problem, or ok.
 core::Status check_sm80(const core::AttentionProblem& problem, const DeviceProperties& properties);
 
@@ -65,8 +68,8 @@ bool takes_pairs(const core::AttentionProblem& problem, const KernelId& kernel,
                  const DeviceProperties& properties);
 
 // Blocks to launch for `num_blocks` tiles, or pairs of them.
-int64_t num_launched(const core::AttentionProblem& problem, const KernelId& kernel,
-                     int64_t num_blocks, const DeviceProperties& properties);
+int64_t num_launched(const KernelId& kernel, int64_t num_blocks,
+                     const DeviceProperties& properties);
 
 // Every kernel that these can give on a device.
 std::vector<KernelId> reachable_kernels(const DeviceProperties& properties);

@@ -145,6 +145,7 @@ class SplitPlan final : public core::Plan {
     to.splits.lse = reinterpret_cast<float*>(start + workspace_.lse);
     to.splits.num_rows = workspace_.num_rows;
     to.splits.row_elements = static_cast<int>(workspace_.row_elements);
+    to.sequences.most_queries = to.shape.seqlen_q;
   }
 
   // Appends, and rotates. `launch_args` say where the rotated queries go.

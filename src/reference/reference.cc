@@ -147,8 +147,8 @@ class Head {
 
   // The number of a row among all rows of q, or of k, where the tensor has no gaps.
   int64_t query_number(int64_t i) const {
-    const bool dense = call_.problem.layout == Layout::kDense;
-    return (dense ? sequence_.batch * call_.problem.seqlen_q : 0) + sequence_.q_begin + i;
+    const bool varlen = call_.problem.layout == Layout::kVarlen;
+    return (varlen ? 0 : sequence_.batch * call_.problem.seqlen_q) + sequence_.q_begin + i;
   }
   int64_t key_number(int64_t j) const {
     const AttentionProblem& problem = call_.problem;
@@ -273,11 +273,6 @@ class Head {
   double sink_ = -kInfinity;
 };
 
-// Rows of q, out and lse: B * Sq, or total_q, rows of no sequence included.
-int64_t total_queries(const AttentionArgs& args, const AttentionProblem& problem) {
-  return problem.layout == Layout::kVarlen ? args.q.shape[0] : problem.batch * problem.seqlen_q;
-}
-
 // ---- The oracle's forward. ----
 
 template <class T>
@@ -285,7 +280,7 @@ void forward_head(const Call& call, int64_t batch, int64_t head, Row& row,
                   const ForwardResult& result) {
   const AttentionProblem& problem = call.problem;
   const Head<T> it(call, batch, head);
-  const bool dense = problem.layout == Layout::kDense;
+  const bool varlen = problem.layout == Layout::kVarlen;
   for (int64_t i = 0; i < it.seqlen_q(); ++i) {
     it.attend(i, row);
     const int64_t number = it.query_number(i);
@@ -295,10 +290,10 @@ void forward_head(const Call& call, int64_t batch, int64_t head, Row& row,
       std::copy_n(row.bound, problem.head_dim_v, result.bound + out_begin);
     }
     if (result.lse == nullptr) continue;
-    if (dense) {
-      result.lse[(batch * problem.num_heads + head) * problem.seqlen_q + i] = row.lse;
+    if (varlen) {
+      result.lse[head * problem.total_q + number] = row.lse;
     } else {
-      result.lse[head * call.args.q.shape[0] + number] = row.lse;
+      result.lse[(batch * problem.num_heads + head) * problem.seqlen_q + i] = row.lse;
     }
   }
 }
@@ -335,9 +330,7 @@ struct Gradients {
         attn_bias{result.d_attn_bias, result.d_attn_bias_bound},
         learnable_sink{result.d_learnable_sink, result.d_learnable_sink_bound} {
     const TensorView& bias = call.args.attn_bias;
-    std::array<int64_t, core::kMaxRank> strides{};  // row-major
-    for (int64_t d = bias.ndim, stride = 1; d-- > 0; stride *= bias.shape[d]) strides[d] = stride;
-    bias_index = Broadcast(bias, strides.data());
+    bias_index = Broadcast(bias, core::row_major_strides(bias).data());
 
     q.clear(call.args.q.num_elements());
     k.clear(call.args.k.num_elements());
@@ -515,7 +508,7 @@ class ReferencePlan final : public core::Plan {
       };
       const int64_t num_tasks = problem_.batch * problem_.num_heads;
       if (stream.parallel != nullptr) {
-        core::parallel_for(*stream.parallel, num_tasks, stream.parallel->num_workers(), run_task);
+        core::parallel_for(*stream.parallel, num_tasks, stream.num_workers, run_task);
       } else {
         for (int64_t task = 0; task < num_tasks; ++task) run_task(task, 0);
       }
@@ -543,7 +536,7 @@ core::Result<core::PlanPtr> accept(const AttentionProblem& problem, core::Device
 void forward(const AttentionArgs& args, const AttentionProblem& problem,
              const ForwardResult& result) {
   const Call call(args, problem);
-  const int64_t num_rows = total_queries(args, problem) * problem.num_heads;
+  const int64_t num_rows = problem.total_q * problem.num_heads;
   // Rows of no sequence keep these.
   if (result.out != nullptr) std::fill_n(result.out, num_rows * problem.head_dim_v, 0.0);
   if (result.bound != nullptr) std::fill_n(result.bound, num_rows * problem.head_dim_v, 0.0);

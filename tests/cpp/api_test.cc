@@ -424,6 +424,36 @@ TEST(C, defaults_are_plain_attention) {
   EXPECT_EQ(args.backend, nullptr);
 }
 
+// A caller with an older header has less memory for the struct.
+TEST(C, structs_of_other_sizes_are_refused_unharmed) {
+  fa_attention_args memory[2];
+  std::memset(memory, 0x5A, sizeof(memory));
+  const size_t older = sizeof(fa_attention_args) - 2 * sizeof(void*);
+  fa_attention_args_init_sized(memory, older);
+  EXPECT_EQ(memory->struct_size, older);
+  EXPECT_EQ(memory->window_size_left, -1);
+  EXPECT_EQ(reinterpret_cast<const unsigned char*>(memory)[older], 0x5A);
+  EXPECT_EQ(fa_forward(memory), FA_INVALID_ARGUMENT);
+  EXPECT_TRUE(
+      contains(fa_last_error_message(), ("struct_size is " + std::to_string(older)).c_str()));
+  fa_attention_args_init_sized(memory, sizeof(memory));
+  EXPECT_EQ(fa_forward(memory), FA_INVALID_ARGUMENT);
+  EXPECT_EQ(reinterpret_cast<const unsigned char*>(memory)[sizeof(memory) - 1], 0);
+}
+
+TEST(C, defaults_are_those_of_the_cpp_interface) {
+  fa_attention_args c;
+  fa_attention_args_init(&c);
+  const ForwardArgs cpp;
+  EXPECT_EQ(c.window_size_left, cpp.window_size_left);
+  EXPECT_EQ(c.window_size_right, cpp.window_size_right);
+  EXPECT_EQ(c.causal != 0, cpp.causal);
+  EXPECT_EQ(c.rotary_interleaved != 0, cpp.rotary_interleaved);
+  EXPECT_EQ(c.num_splits, cpp.num_splits);
+  EXPECT_EQ(c.softcap, cpp.softcap);
+  EXPECT_EQ(c.dropout_p, cpp.dropout_p);
+}
+
 TEST(C, errors_belong_to_their_thread_and_last) {
   fa_attention_args args;
   fa_attention_args_init(&args);
@@ -520,6 +550,29 @@ TEST(C, an_unknown_backend_in_the_environment_is_an_error) {
   const EnvironmentVariable forced("FLASH_ATTENTION_BACKEND", "cpu:abacus");
   EXPECT_EQ(fa_forward(&it.args()), FA_INVALID_ARGUMENT);
   EXPECT_TRUE(contains(fa_last_error_message(), "cpu:abacus"));
+  char text[8];
+  EXPECT_EQ(fa_explain(&it.args(), text, sizeof(text), nullptr), FA_INVALID_ARGUMENT);
+  EXPECT_TRUE(contains(fa_last_error_message(), "cpu:abacus"));
+}
+
+// Of each batch its row, and no tokens to append.
+TEST(C, the_oracle_reads_a_cache) {
+  PreparedCase it(kCase, core::DataType::kFloat32);
+  std::vector<int32_t> lengths(kCase.batch, static_cast<int32_t>(kCase.seqlen_k));
+  const std::vector<int64_t> shape{kCase.batch}, strides{1};
+  const fa_tensor cache_seqlens{lengths.data(), FA_CPU,         0, 1, FA_INT, 32, 1,
+                                shape.data(),   strides.data(), 0};
+  const std::vector<int64_t>& out_shape = it.tensors().out.shape();
+  HostTensor whole = HostTensor::compact(core::DataType::kFloat64, out_shape);
+  HostTensor cached = HostTensor::compact(core::DataType::kFloat64, out_shape);
+  ASSERT_EQ(fa_forward_oracle(&it.args(), whole.c_tensor(), nullptr, nullptr), FA_OK);
+  it.args().cache_seqlens = &cache_seqlens;
+  ASSERT_EQ(fa_forward_oracle(&it.args(), cached.c_tensor(), nullptr, nullptr), FA_OK);
+  EXPECT_EQ(cached.hash(), whole.hash());
+  it.args().k_new = it.args().k;
+  it.args().v_new = it.args().v;
+  lengths.assign(lengths.size(), 0);
+  EXPECT_EQ(fa_forward_oracle(&it.args(), cached.c_tensor(), nullptr, nullptr), FA_UNSUPPORTED);
 }
 
 TEST(C, the_oracle_checks_its_results) {
@@ -655,6 +708,8 @@ TEST(C, known_calls_run_and_others_do_nothing) {
     int32_t ran = -1;
     EXPECT_EQ(fa_backward_known(&it.args(), nullptr, &ran), FA_INVALID_ARGUMENT);
     EXPECT_EQ(ran, 0);
+    EXPECT_EQ(fa_forward_known(&it.args(), nullptr), FA_INVALID_ARGUMENT);
+    EXPECT_EQ(fa_backward_known(&it.args(), &it.gradients(), nullptr), FA_INVALID_ARGUMENT);
   }).join();
 }
 

@@ -59,10 +59,11 @@ void run(const core::Implementation& implementation, const AttentionArgs& args,
          const AttentionProblem& problem, core::Parallel& parallel) {
   const core::Result<core::PlanPtr> plan = implementation.accept(problem, {});
   ASSERT_TRUE(plan.ok()) << plan.status().message();
-  const int64_t bytes = plan.value()->workspace_bytes(parallel.num_workers());
+  const core::Stream stream{nullptr, &parallel};
+  const int64_t bytes = plan.value()->workspace_bytes(stream.num_workers);
   Tensor workspace(DataType::kFloat32, {bytes / 4 + 16});
   workspace.poison();
-  const core::Status status = plan.value()->run(args, workspace.view().data, {nullptr, &parallel});
+  const core::Status status = plan.value()->run(args, workspace.view().data, stream);
   ASSERT_TRUE(status.ok()) << status.message();
   ASSERT_TRUE(workspace.canaries_intact());
 }
@@ -77,6 +78,19 @@ void run_both(const core::Implementation& implementation, const testing::Call& c
   ASSERT_TRUE(backward.ok()) << backward.status().message();
   run(implementation, args, backward.value(), parallel);
 }
+
+// Threads of which there are more at every question but the first.
+class MoreThreads final : public core::Parallel {
+ public:
+  int num_workers() const override { return ++asked_ == 1 ? 1 : 8; }
+  void run(int64_t num_tasks, int max_workers, core::ParallelBody body, void* context) override {
+    EXPECT_EQ(max_workers, 1);
+    for (int64_t task = 0; task < num_tasks; ++task) body(context, task, 0);
+  }
+
+ private:
+  mutable int asked_ = 0;
+};
 
 struct Expected {
   std::vector<double> value[5], bound[5];
@@ -358,6 +372,24 @@ TEST(ForwardProperty, is_bitwise_equal_for_every_number_of_workers) {
 }
 
 // Keys that no query sees, with values as large as fp32 has them.
+// Scratch is there for as many as there were at first.
+TEST(BackwardProperty, a_call_has_the_threads_that_it_found) {
+  for (const core::Implementation& implementation : core::implementations(core::DeviceType::kCpu)) {
+    testing::Call call({.name = "many_keys", .seqlen_q = 300, .seqlen_k = 600, .head_dim = 64});
+    MoreThreads forward_threads, backward_threads;
+    const auto forward = core::validate_forward(call.args());
+    ASSERT_TRUE(forward.ok());
+    if (!implementation.accept(forward.value(), {}).ok()) continue;
+    run(implementation, call.args(), forward.value(), forward_threads);
+    const Gradients gradients(call);
+    const AttentionArgs args = gradients.args(call);
+    const auto backward = core::validate_backward(args);
+    ASSERT_TRUE(backward.ok());
+    if (!implementation.accept(backward.value(), {}).ok()) continue;
+    run(implementation, args, backward.value(), backward_threads);
+  }
+}
+
 TEST(BackwardProperty, masked_keys_do_not_leak) {
   const Spec spec{.seqlen_q = 100,
                   .seqlen_k = 150,

@@ -14,6 +14,19 @@ const BadCall kCaches[] = {
      kDense,
      [](Call& c) { c.cache_seqlens.lengths()[1] = 5; },
      {"cache_seqlens:", "entry 1 is 5", "room for 5"}},
+    {"more_new_tokens_than_room",
+     kDense,
+     [](Call& c) {
+       for (Spoilable* it : {&c.k_new, &c.v_new}) it->shape[1] = 6;
+     },
+     {"k_new:", "seqlen_new is 6", "at most 5"}},
+    {"a_cache_and_sequences",
+     kDense,
+     [](Call& c) {
+       c.give_lengths(c.cu_seqlens_q, &c.args.cu_seqlens_q, 0, 4);
+       c.give_lengths(c.cu_seqlens_k, &c.args.cu_seqlens_k, 0, 4);
+     },
+     {"cache_seqlens:", "must not be used with cu_seqlens_q"}},
     {"length_negative",
      kDense,
      [](Call& c) { c.cache_seqlens.lengths()[0] = -1; },

@@ -88,6 +88,15 @@ const BadCall kTensorFields[] = {
      kDense,
      [](Call& c) { c.k.strides[0] = int64_t{1} << 62; },
      {"k:", "4611686018427387904"}},
+    {"more_keys_than_an_int32_counts",
+     kDense,
+     [](Call& c) {
+       for (Spoilable* it : {&c.k, &c.v}) {
+         it->shape[1] = int64_t{1} << 31;
+         it->strides[1] = 0;
+       }
+     },
+     {"k:", "seqlen_k is 2147483648", "at most 2147483647"}},
     {"compact_size_overflows",
      kDense,
      [](Call& c) {

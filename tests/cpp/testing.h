@@ -246,12 +246,6 @@ inline double normalised_error(const Tensor& actual, const double* reference, co
   return worst;
 }
 
-// max |actual - reference|, for lse; infinities and NaN as above.
-inline double absolute_error(const Tensor& actual, const double* reference) {
-  const std::vector<double> ones(static_cast<size_t>(actual.num_elements()), 1.0);
-  return normalised_error(actual, reference, ones.data());
-}
-
 // A loop in the calling thread, from the last task to the first, on behalf of `num_workers`.
 class SerialParallel final : public core::Parallel {
  public:

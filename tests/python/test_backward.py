@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, offsets, tensors, varlen_tensors
+from support import DTYPES, offsets, same_bits, tensors, varlen_tensors
 
 from flash_attn import (
     _native,
@@ -249,3 +249,20 @@ def test_a_long_head_is_differentiated_alike_by_one_task_and_by_many(dtype):
     for gradient, oracle in zip(results[0], wanted):
         error = (gradient.double() - oracle.transpose(1, 2)).abs().max()
         assert error <= GRADIENT_BOUND[dtype] * oracle.abs().max()
+
+
+def test_a_bias_behind_a_sequences_end_does_not_leak():
+    lengths_q, lengths_k = [30, 9], [40, 21]
+    cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
+    bias = torch.randn(2, 4, 30, 40)
+    wrong = bias.clone()
+    wrong[1, :, 9:] = wrong[1, :, :, 21:] = math.nan
+
+    def gradients(bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v = (x.requires_grad_() for x in varlen_tensors(lengths_q, lengths_k))
+        bias = bias.clone().requires_grad_()
+        out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 30, 40, attn_bias=bias)
+        return torch.autograd.grad(out.square().sum(), (q, k, v, bias))
+
+    for actual, expected in zip(gradients(wrong), gradients(bias)):
+        assert same_bits(actual, expected)

@@ -321,7 +321,7 @@ def bias_of_layout(layout: str, kind: torch.dtype) -> torch.Tensor:
         "odd_start": (2, 4, 150, 322),
     }[layout]
     bias = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    bias = bias > -0.5 if kind == torch.bool else bias.to(kind)
+    bias = (bias > -0.5).to(kind) if kind in (torch.bool, torch.uint8) else bias.to(kind)
     bias = bias.cuda()
     if layout == "rows_outermost":
         return bias.permute(1, 2, 0, 3)
@@ -329,7 +329,7 @@ def bias_of_layout(layout: str, kind: torch.dtype) -> torch.Tensor:
     return bias[..., first : first + 320]
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.bool], ids=str)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.bool, torch.uint8], ids=str)
 @pytest.mark.parametrize(
     "layout",
     ["whole", "of_heads", "of_rows", "of_keys", "rows_outermost", "gaps", "odd_gaps", "odd_start"],
@@ -340,6 +340,39 @@ def test_a_bias_may_lie_anyhow(name, layout, kind):
     out, lse = run(flash_attn_func, (q, k, v), {"attn_bias": bias})
     exact = dlpack.oracle(q, k, v, attn_bias=bias.cpu())
     assert_close(out, lse, exact, out_bound(q, 320, {}))
+
+
+@pytest.mark.parametrize("seqlen_q,seqlen_k", [(100, 60), (2, 0), (3, 1400)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_without_keys_under_a_sink_of_minus_infinity(name, seqlen_q, seqlen_k, dtype):
+    q, k, v = tensors(seqlen_q=seqlen_q, seqlen_k=seqlen_k, num_heads=2, dtype=dtype)
+    hidden = torch.zeros(seqlen_q, 1, dtype=torch.bool)
+    check(q, k, v, causal=True, learnable_sink=torch.tensor([-math.inf, 0.5]))
+    check(q, k, v, attn_bias=hidden, learnable_sink=torch.tensor([-math.inf, 0.5]))
+
+
+@pytest.mark.parametrize("kind", [None, torch.float32, torch.bool], ids=str)
+@pytest.mark.parametrize("seqlen_k", [60, 1400])
+def test_longer_sequences_than_was_said_stay_in_their_memory(name, seqlen_k, kind):
+    """Nobody knows of them before the kernels do. Results of the queries that were told of are
+    right; a bias behind its end would be NaN."""
+    q, k, v = varlen_tensors([40], [seqlen_k], num_heads=4, dtype=torch.bfloat16)
+    told = {"max_seqlen_q": 2, "max_seqlen_k": seqlen_k - 8}
+    cu_q, cu_k = offsets([40]), offsets([seqlen_k])
+    options: dict[str, Any] = {}
+    keys = seqlen_k
+    if kind is not None:
+        keys = told["max_seqlen_k"]
+        memory = torch.full((4, 6, seqlen_k), math.nan, device="cuda").to(kind)
+        options["attn_bias"] = memory[:, :2, :keys] = torch.randn(4, 2, keys).cuda().to(kind)
+    out, lse = run(
+        flash_attn_varlen_func,
+        (q, k, v),
+        {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, **told, **options},
+    )
+    bias = {name: x.cpu() for name, x in options.items()}
+    exact = dlpack.oracle(q[None, :2], k[None, :keys], v[None, :keys], **bias)
+    assert_close(out[None, :2], lse[None, :, :2], exact, out_bound(q, keys, {}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -106,6 +106,19 @@ def test_rows_without_visible_keys_are_zero():
     assert (lse[:, :, :30] == math.inf).all() and lse[:, :, 30:].isfinite().all()
 
 
+def test_rows_without_visible_keys_under_a_sink():
+    """One that is -inf leaves a row without any term."""
+    q, k, v = (x.requires_grad_() for x in tensors(seqlen_q=50, seqlen_k=20, num_heads=2))
+    sink = torch.tensor([-math.inf, 0.5], requires_grad=True)
+    _, lse = check_dense(q, k, v, causal=True, learnable_sink=sink)
+    assert (lse[:, 0, :30] == -math.inf).all() and (lse[:, 1, :30] == 0.5).all()
+    with torch.enable_grad():
+        out = flash_attn_func(q, k, v, causal=True, learnable_sink=sink)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v, sink))
+    assert all(x.isfinite().all() for x in gradients)
+    assert not gradients[0][:, :30].any() and gradients[3][0] == 0.0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_equals_unpacked_bitwise(dtype):
     qkv = torch.randn(2, 70, 3, 4, 64).to(dtype)

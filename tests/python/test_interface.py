@@ -202,3 +202,24 @@ def test_meta_tensors_give_shapes():
     q, k, v = (x.to("meta") for x in tensors(head_dim_v=24))
     out = flash_attn_func(q, k, v)
     assert out.device.type == "meta" and out.shape == (*q.shape[:-1], 24)
+
+
+def test_tensors_expanded_along_head_dim_are_copied():
+    q, k, v = (x[..., :1].expand(x.shape) for x in tensors())
+    expected = flash_attn_func(*(x.contiguous() for x in (q, k, v)))
+    assert same_bits(flash_attn_func(q, k, v), expected)
+    leaves = [x[..., :1].clone().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        out = flash_attn_func(*(x.expand(y.shape) for x, y in zip(leaves, (q, k, v))))
+        gradients = torch.autograd.grad(out.sum(), leaves)
+    assert same_bits(out, expected) and all(x.isfinite().all() for x in gradients)
+
+
+def test_views_of_negated_values_are_resolved():
+    q, k, v = tensors(num_heads=1, num_heads_kv=1)
+    negated = torch.randn(1, dtype=torch.cfloat).conj().imag
+    assert negated.is_neg()
+    out = flash_attn_func(q, k, v, learnable_sink=negated)
+    assert same_bits(out, flash_attn_func(q, k, v, learnable_sink=negated.clone()))
+    view = torch.randn(*q.shape, dtype=torch.cfloat).conj().imag
+    assert same_bits(flash_attn_func(view, k, v), flash_attn_func(view.clone(), k, v))

@@ -247,6 +247,63 @@ def test_padded_packed_and_separate_sequences_agree(name, models):
     assert torch.equal(ours(**packed, **by_lengths()).logits[0], by_positions)
 
 
+def test_packed_sequences_in_several_rows(models):
+    """Positions say where they begin, and eager reads them."""
+    eager, ours = models("llama")
+    positions = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)]).expand(BATCH, -1)
+    inputs = {"input_ids": tokens(), "position_ids": positions, "use_cache": False}
+    expected = eager(**inputs).logits
+    torch.testing.assert_close(ours(**inputs).logits, expected, rtol=1e-5, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_image_sees_both_ways(padded):
+    """The mask's function says so, no option does."""
+    image = VOCABULARY - 1
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    config = transformers.Gemma3Config(
+        vision_config={"model_type": "siglip_vision_model", **vision},
+        text_config={
+            "model_type": "gemma3_text",
+            **_COMMON,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": 6,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=image,
+    )
+    input_ids = tokens()[:1] % image
+    input_ids[:, 8:12] = image
+    inputs = {
+        "input_ids": input_ids,
+        "pixel_values": torch.randn(1, 3, 16, 16),
+        "token_type_ids": (input_ids == image).long(),
+        "attention_mask": torch.ones_like(input_ids),
+    }
+    if padded:
+        inputs["attention_mask"][:, :3] = 0
+    models, logits = [], []
+    for implementation in ("eager", NAME):
+        model = transformers.Gemma3ForConditionalGeneration._from_config(
+            copy.deepcopy(config), attn_implementation=implementation
+        ).eval()
+        if models:
+            model.load_state_dict(models[0].state_dict())
+        models.append(model)
+        with torch.no_grad():
+            logits.append(model(**inputs).logits[inputs["attention_mask"].bool()])
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_training_on_padded_and_on_packed_sequences_agrees(name, models):
     _, ours = pair_of(name, models)

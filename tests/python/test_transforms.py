@@ -102,6 +102,14 @@ def test_transforms_are_refused_by_name(call):
         assert function(q).shape[-1] == q.shape[-1]  # nothing dual: nothing to refuse
 
 
+def test_gradients_of_many_vectors_at_once_are_refused_by_name():
+    q, k, v = (x.requires_grad_() for x in tensors(1, 16, 16))
+    out = flash_attn_func(q, k, v)
+    vectors = torch.ones(3, *out.shape)
+    with pytest.raises(NotImplementedError, match=r"vmap.* its gradient .*loop"):
+        torch.autograd.grad(out, (q, k, v), vectors, is_grads_batched=True)
+
+
 @pytest.mark.parametrize("call", [0, 3])
 def test_what_transforms_do_not_touch_is_computed(call):
     q, k, v = tensors(1, 17, 16)

@@ -5,21 +5,29 @@
     model = AutoModel.from_pretrained(name, attn_implementation="flash_attention_plus")
 
 Importing the module registers `flash_attention_plus` and changes nothing else. It takes what the
-implementation `flash_attention_2` takes, and fp32, learnable sinks and arbitrary masks beside; a
-model that refuses that one, or computes attention outside transformers' AttentionInterface, raises
+implementation `flash_attention_2` takes, and fp32, learnable sinks and arbitrary masks beside,
+those of a model's own among them (images that see both ways, prefixes); a model that refuses
+flash_attention_2, or computes attention outside transformers' AttentionInterface, raises
 ValueError. Attention weights are not computed: `output_attentions=True` gives None in their place.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 try:
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.masking_utils import (
+        ALL_MASK_ATTENTION_FUNCTIONS,
+        AttentionMaskInterface,
+        bidirectional_mask_function,
+        causal_mask_function,
+    )
     from transformers.modeling_utils import PreTrainedModel
 
     _check = PreTrainedModel._check_and_adjust_attn_implementation
@@ -173,7 +181,11 @@ def _is_packed(position_ids: torch.Tensor | None, q: torch.Tensor, k: torch.Tens
 
 def _mask(**given: Any) -> torch.Tensor | None:
     """Which keys are no padding, [B, keys so far], or None where all are that there is room for: a
-    static cache has more behind them. What else the mask's function says the options tell."""
+    static cache has more behind them. Where the mask's function says what the call's options will
+    not, all of it, [B, 1, Sq, Sk]."""
+    if not _options_tell(given["mask_function"], given["batch_size"]):
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**given | skips)
     mask, kv_offset, kv_length = (
         given.get(x) for x in ("attention_mask", "kv_offset", "kv_length")
     )
@@ -190,6 +202,22 @@ def _mask(**given: Any) -> torch.Tensor | None:
         return None
     shape = given["batch_size"], end - kv_offset
     return torch.ones(shape, dtype=torch.bool, device=given.get("device"))
+
+
+def _options_tell(mask_function: Callable[..., Any], batch_size: int) -> bool:
+    """Whether a mask's function is made of causality, windows and packed sequences of one row."""
+    if mask_function in (causal_mask_function, bidirectional_mask_function):
+        return True
+    name = getattr(mask_function, "__qualname__", "").split(".")[0]
+    if name in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
+        return True
+    if name == "packed_sequence_mask_function":
+        return batch_size == 1
+    if name not in ("and_masks", "remap_positions_for_packed_sequence"):
+        return False
+    within = inspect.getclosurevars(mask_function).nonlocals
+    parts = within["mask_functions"] if name == "and_masks" else (within["mask_function"],)
+    return all(_options_tell(part, batch_size) for part in parts)
 
 
 def _refuse_unsupported(model: PreTrainedModel) -> None:

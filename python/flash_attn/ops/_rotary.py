@@ -69,7 +69,10 @@ def apply_rotary(
     check_rank("x", x, 4 if cu_seqlens is None else 3)
     angles = angles_of_tokens(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
     if inplace:
-        rotate(x, x, angles, interleaved, conjugate)
+        # Within an autograd.Function x may be one of several views of a tensor, all of them rotated
+        # in place: nothing is recorded there, and nobody is to be told.
+        to = x if torch.is_grad_enabled() else x.data
+        rotate(to, to, angles, interleaved, conjugate)
         return x
     return rotated(x, angles, interleaved, conjugate)
 

@@ -70,6 +70,8 @@ def terms_kernel(
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     LSE = row_of(LSE, batch, begin, head, stride_lse_batch, 1, stride_lse_head)
     lse = tl.load(LSE + i, mask=i < length, other=float("inf")) * LOG2E
+    # -inf where there is no term but a sink of -inf: P = 0 there, too.
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
     TERMS = row_of(TERMS, batch, begin, head, stride_terms_batch, 1, stride_terms_head)
     written = i < length if CU_Q is not None else i < stride_term
     tl.store(TERMS + i, lse, mask=written)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .vocabulary import LN2, LOG2E, wait_for_launch_before
+from .vocabulary import LN2, LOG2E, lse_of_none, wait_for_launch_before
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def combine(
     tl.store(out[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
     if lse is not None:
         log_sum = greatest + tl.log2(tl.where(empty, 1.0, total))
-        tl.store(lse, tl.where(empty, float("inf"), log_sum * LN2), mask=real)
+        tl.store(lse, tl.where(empty, lse_of_none(SINK is not None), log_sum * LN2), mask=real)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from .vocabulary import (
     load_box,
     load_paged_rows,
     load_rows,
+    lse_of_none,
     product,
     row_of,
     scores_of,
@@ -281,5 +282,5 @@ def forward_kernel(
         tl.store(out, acc.to(OUT.dtype.element_ty), mask=mask)
         if LSE is not None:
             LSE += tl.cast(batch, tl.int64) * stride_lse_batch
-            log_sum = tl.where(empty, float("inf"), log_sum * LN2)
+            log_sum = tl.where(empty, lse_of_none(SINK is not None), log_sum * LN2)
             tl.store(LSE + head.to(tl.int64) * stride_lse_head + token, log_sum, mask=real)

@@ -211,6 +211,12 @@ def tanh(x):
 
 
 @triton.jit
+def lse_of_none(HAS_SINK: tl.constexpr):
+    """Of a row that sees no key: +inf by convention; with a sink, which is -inf then, the sum's."""
+    return float("-inf") if HAS_SINK else float("inf")
+
+
+@triton.jit
 def softcap_tanh(product, scale, softcap):
     """tanh(scale * product / softcap), of which a capped score is softcap times."""
     return tanh(product * (scale / softcap))

@@ -81,7 +81,8 @@ __device__ inline void store_row(const ForwardArgs& args, const SplitRow& it,
   }
   if (args.lse != nullptr && it.lane == 0) {
     args.lse[sequence.q_batch * args.lse_batch_stride + head * args.lse_head_stride +
-             row * args.lse_row_stride] = empty ? kInfinity : highest + logf(it.sum);
+             row * args.lse_row_stride] =
+        empty ? empty_lse(args.score.sink_element != BiasElement::kNone) : highest + logf(it.sum);
   }
 }
 

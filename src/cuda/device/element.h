@@ -21,9 +21,6 @@ __device__ inline float to_float(Half bits) {
   }
 }
 
-template <Element kElement>
-inline constexpr int kElementBytes = kElement == Element::kFloat32 ? 4 : 2;
-
 // data[index] as fp32.
 template <Element kElement>
 __device__ inline float load_element(const void* data, long long index) {

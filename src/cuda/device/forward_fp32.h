@@ -151,12 +151,12 @@ struct Rows32 {
     const bool has_sink = args.score.sink_element != BiasElement::kNone;
     if (has_sink) {
       const float sink = load_sink<Element::kFloat32>(args.score, head);
-      const float joint = fmaxf(highest, sink);
+      const float joint = join_sink(highest, sink);
       factor = expf(highest - joint);
       total = total * factor + expf(sink - joint);
       highest = joint;
     }
-    const bool empty = !has_sink && highest == -kInfinity;
+    const bool empty = total == 0.0f;
     factor = empty ? 0.0f : factor / total;
     if (args.dropout.threshold != 0) factor *= args.dropout.keep_scale;
     float* out = const_cast<float*>(fp32_query_row(args.out, sequence, head, row));
@@ -164,7 +164,7 @@ struct Rows32 {
     if (args.lse == nullptr || lane != 0) return;
     args.lse[sequence.q_batch * args.lse_batch_stride + head * args.lse_head_stride +
              (sequence.q_begin + row) * args.lse_row_stride] =
-        empty ? kInfinity : highest + logf(total);
+        empty ? empty_lse(has_sink) : highest + logf(total);
   }
 };
 

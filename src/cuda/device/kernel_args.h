@@ -36,6 +36,9 @@ struct SequenceArgs {
   const int* seqused_k;
   int total_q;
   int total_k;  // varlen without pages
+  // Longer sequences count as so long: what attn_bias or the results of splits have room for.
+  int most_queries;
+  int most_keys;
 };
 
 // What a KV cache holds; null `seqlens`: k and v are none. Sequence `b` is row batch_idx[b] of k

@@ -278,6 +278,16 @@ __device__ inline void apply_mask(Accumulator<kTilesM, kTilesN>& s, const Forwar
   }
 }
 
+// The larger of a row's maximum and its sink; finite, since differences from it are taken.
+__device__ inline float join_sink(float highest, float sink) {
+  constexpr float kLeast = __builtin_bit_cast(float, 0xFF7FFFFFu);
+  return fmaxf(fmaxf(highest, sink), kLeast);
+}
+
+// The log-sum-exp of a row without a term: +infinity by convention, unless there is a sink, which
+// is -infinity then.
+__device__ inline float empty_lse(bool has_sink) { return has_sink ? -kInfinity : kInfinity; }
+
 // sink_h in fp32.
 template <Element kElement>
 __device__ inline float load_sink(const ScoreArgs& args, int head) {

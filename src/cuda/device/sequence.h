@@ -51,6 +51,7 @@ __device__ inline Sequence sequence_of(const ForwardArgs& args, int batch) {
     it.q_batch = it.k_batch = 0;
     it.q_begin = clamp(at.cu_seqlens_q[batch], 0, at.total_q);
     it.seqlen_q = clamp(at.cu_seqlens_q[batch + 1], it.q_begin, at.total_q) - it.q_begin;
+    it.seqlen_q = min(it.seqlen_q, at.most_queries);
     it.k_begin =
         args.pages.block_table != nullptr ? 0 : clamp(at.cu_seqlens_k[batch], 0, at.total_k);
     it.seqlen_k = at.cu_seqlens_k[batch + 1] - at.cu_seqlens_k[batch];
@@ -69,7 +70,7 @@ __device__ inline Sequence sequence_of(const ForwardArgs& args, int batch) {
     it.seqlen_k = clamp(cache.seqlens[batch], 0, capacity) + cache.seqlen_new - it.k_begin;
     capacity -= it.k_begin;
   }
-  it.seqlen_k = clamp(it.seqlen_k, 0, capacity);
+  it.seqlen_k = min(clamp(it.seqlen_k, 0, capacity), at.most_keys);
   return it;
 }
 

@@ -88,14 +88,14 @@ struct OnlineSoftmax {
         float factor = 1.0f;
         if (has_sink) {
           const float sink_log2 = sink(m, half) * kLog2e;
-          const float joint = fmaxf(highest, sink_log2);
+          const float joint = join_sink(highest, sink_log2);
           factor = exp2_approx(highest - joint);
           total = total * factor + exp2_approx(sink_log2 - joint);
           highest = joint;
         }
-        const bool empty = !has_sink && highest == -kInfinity;
+        const bool empty = total == 0.0f;
         sum[m][half] = empty ? 0.0f : factor / total;
-        max[m][half] = empty ? kInfinity : (highest + log2_approx(total)) * kLn2;
+        max[m][half] = empty ? empty_lse(has_sink) : (highest + log2_approx(total)) * kLn2;
       }
     }
   }

@@ -232,3 +232,20 @@ def test_as_axolotl_uses_it():
     head.zero_grad()
     F.cross_entropy(head(hidden), labels).backward()
     torch.testing.assert_close(gradient, head.weight.grad)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(options, dtype):
+    logits, labels = problem(dtype=dtype)
+    labels = usable(labels, options)
+    gradients = []
+    for default in (dtype, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            x = logits.clone().requires_grad_()
+            cross_entropy_loss(x, labels, **options)[0].sum().backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)

@@ -420,3 +420,31 @@ def test_the_operator_itself_is_differentiable():
     cos, sin = tables()
     x = torch.randn(1, 3, 1, HEAD_DIM, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda x: apply_rotary(x, cos, sin, interleaved=True, conjugate=True), x)
+
+
+class Rotate(torch.autograd.Function):
+    """As clients write it around apply_rotary()."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        apply_rotary(x, cos, sin, inplace=True)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, dout):
+        return apply_rotary(dout, *ctx.saved_tensors, conjugate=True), None, None
+
+
+def test_parts_of_a_tensor_are_rotated_in_place_within_a_function():
+    cos, sin = tables()
+    x = torch.randn(2, 5, 6, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    qkv = x * 1.0
+    q, k, v = qkv[:, :, :2], qkv[:, :, 2:4], qkv[:, :, 4:]
+    q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+    torch.testing.assert_close(torch.cat((q, k), 2), turned(x, cos, sin)[:, :, :4])
+    (q.sum() + k.square().sum() + v.sum()).backward()
+    expected = turned(torch.ones_like(q), cos, sin, conjugate=True)
+    torch.testing.assert_close(x.grad[:, :, :2], expected)
+    torch.testing.assert_close(x.grad[:, :, 2:4], 2.0 * x.detach()[:, :, 2:4])

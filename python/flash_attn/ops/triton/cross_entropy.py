@@ -132,12 +132,12 @@ class _CrossEntropy(torch.autograd.Function):
         # Rows of an expanded tensor share memory, which cannot hold their gradients.
         inplace = options.inplace_backward and 0 not in logits.stride()
         dlogits = logits if inplace else torch.empty_like(logits)
-        known = _known(labels, 0, options.total_classes)
-        weight = known + ~known * options.smoothing + 2.0 * options.square_scale * lse
+        known = _known(labels, 0, options.total_classes).to(lse.dtype)
+        weight = known + (1.0 - known) * options.smoothing + 2.0 * options.square_scale * lse
         dlosses = dlosses.to(lse.dtype).masked_fill(labels == options.ignore_index, 0.0)
         dlosses = dlosses * options.scale
         here, index = _local_labels(labels, logits.shape[1], options)
-        hit = (here * (options.smoothing - 1.0)).to(lse.dtype)
+        hit = here.to(lse.dtype) * (options.smoothing - 1.0)
         for rows in _chunks(logits):
             # d lse / d s = exp(s - lse)
             gradient = (_scaled(logits[rows], options) - lse[rows, None]).exp_()

@@ -53,13 +53,6 @@ inline Word shuffle_xor(Word value, int mask) {
 inline float shuffle_xor(float value, int mask) {
   return std::bit_cast<float>(shuffle_xor(std::bit_cast<Word>(value), mask));
 }
-inline Word __ballot_sync(Word, bool vote) {
-  const uint32_t* votes = emulated::exchange(vote ? 1 : 0);
-  Word word = 0;
-  for (unsigned lane = 0; lane < emulated::kWarp; ++lane) word |= votes[lane] << lane;
-  return word;
-}
-inline int __popc(Word word) { return std::popcount(word); }
 inline float __uint_as_float(Word bits) { return std::bit_cast<float>(bits); }
 inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
   return std::exchange(*at, *at + value);
