@@ -4,7 +4,6 @@
 #include <cmath>
 #include <limits>
 #include <sstream>
-#include <string_view>
 
 #include "tests/cpp/testing.h"
 

@@ -1,4 +1,4 @@
-"""The environment variables that Python code reads; src/core/environment.cc reads the others."""
+"""Every environment variable that Python code reads; for C++ src/core/environment.cc does."""
 
 from __future__ import annotations
 

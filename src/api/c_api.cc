@@ -757,10 +757,7 @@ int32_t fa_num_threads(const char** source) {
 }
 
 fa_status fa_use_openmp_runtime(const char* path) {
-  return guarded([&]() -> fa::core::Status {
-    if (path == nullptr) return fa::core::invalid_argument("path is NULL");
-    return fa::cpu::use_openmp_runtime(path);
-  });
+  return guarded([&] { return fa::cpu::use_openmp_runtime(path); });
 }
 
 void fa_use_thread_count(int32_t (*count)(void)) { fa::cpu::use_thread_count(count); }

@@ -45,7 +45,7 @@ class CallKey {
 
   void add(uint64_t word) {
     words_[count_++] = word;
-    // Mixed by slot(): a product for each word would be waited for.
+    // Mixed by pair(): a product for each word would be waited for.
     hash_ = std::rotl(hash_, 9) ^ word;
   }
   template <class Struct, size_t kCount>

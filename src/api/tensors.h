@@ -1,8 +1,6 @@
 // The tensors of a call: their names, and their places in the C structs and in the core's.
 #pragma once
 
-#include <span>
-
 #include "core/attention_args.h"
 #include "flash_attn/flash_attn.h"
 

@@ -1,4 +1,4 @@
-// Every environment variable that the library reads, and nothing else reads any.
+// Every environment variable that the C++ library reads, and nothing else in it reads any.
 #pragma once
 
 #include <string>

@@ -13,7 +13,6 @@
 #endif
 
 #include <algorithm>
-#include <cmath>
 
 #include "cpu/gradient_products-inl.h"
 #include "cpu/sequence-inl.h"
@@ -163,10 +162,7 @@ class BackwardTaskRun {
   }
 
   HWY_INLINE semantics::Range keys_of_chunk(int64_t chunk) const {
-    const int64_t seqlen_k = run_.sequence().seqlen_k;
-    const int64_t num_tiles = ceil_div(seqlen_k, call_.tile_keys);
-    return {chunk * num_tiles / call_.num_chunks * call_.tile_keys,
-            std::min((chunk + 1) * num_tiles / call_.num_chunks * call_.tile_keys, seqlen_k)};
+    return cpu::keys_of_chunk(chunk, call_.num_chunks, run_.sequence().seqlen_k, call_.tile_keys);
   }
 
   static bool sees(const QueryPanel& panel, semantics::Range keys) {

@@ -62,16 +62,11 @@ struct WorkspaceLayout {
   }
 };
 
-// Rows [begin, end) of dq, dk or dv belong to no query or key in use.
-void clear_rows(const core::TensorView& gradient, int64_t index, int64_t begin, int64_t end) {
-  const core::Rows rows = core::rows_from(gradient, index, 0);
-  const int64_t heads = gradient.shape[gradient.ndim - 2];
-  const int64_t row_bytes = gradient.shape[gradient.ndim - 1] * core::byte_size(gradient.dtype);
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t head = 0; head < heads; ++head) {
-      const int64_t at = rows.offset + row * rows.row_stride + head * rows.head_stride;
-      std::memset(gradient.as<char>() + at * core::byte_size(gradient.dtype), 0, row_bytes);
-    }
+// Heaviest first, so that no long task starts last. The order changes no result.
+void sort_by_cost(std::vector<BackwardTask>& tasks) {
+  const auto heavier = [](const BackwardTask& a, const BackwardTask& b) { return a.cost > b.cost; };
+  if (!std::is_sorted(tasks.begin(), tasks.end(), heavier)) {
+    std::stable_sort(tasks.begin(), tasks.end(), heavier);
   }
 }
 
@@ -206,13 +201,11 @@ class BackwardPlan final : public core::Plan {
     std::vector<BackwardTask> tasks;
     for (int32_t b = 0; b < problem_.batch; ++b) {
       const core::Sequence sequence = core::sequence(call.args, problem_, b);
-      const int64_t tiles = ceil_div(sequence.seqlen_k, tile_keys_);
       const int64_t panels = call.panels_per_head_kv(sequence);
       for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-        const int64_t begin = chunk * tiles / num_chunks * tile_keys_;
-        const int64_t end =
-            std::min((chunk + 1) * tiles / num_chunks * tile_keys_, sequence.seqlen_k);
-        const double cost = pairs(sequence, begin, end) * flops_per_pair(problem_);
+        const semantics::Range keys =
+            keys_of_chunk(chunk, num_chunks, sequence.seqlen_k, tile_keys_);
+        const double cost = pairs(sequence, keys.begin, keys.end) * flops_per_pair(problem_);
         for (int32_t h = 0; h < problem_.num_heads_kv; ++h) {
           tasks.push_back({b, h, chunk, panels, cost * static_cast<double>(call.group)});
         }

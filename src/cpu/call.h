@@ -1,6 +1,7 @@
 // One call as the kernels see it: resolved once, read by every task.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -54,6 +55,12 @@ class Booking {
   int64_t total_ = 0;
 };
 
+// Whether one panel holds the queries of all heads of a group. A sequence's own length decides, so
+// that its results do not depend on its company.
+inline bool packs_group(int64_t group, int64_t panel, int64_t seqlen_q) {
+  return group > 1 && seqlen_q > 0 && seqlen_q * group <= panel;
+}
+
 struct AttentionCall {
   const core::AttentionArgs& args;
   const core::AttentionProblem& problem;
@@ -69,10 +76,8 @@ struct AttentionCall {
   // The number of the first panel of each batch, all panels of the call counted.
   std::vector<int64_t> first_panel;
 
-  // Whether one panel holds the queries of all heads of a group. A sequence's own length decides,
-  // so that its results do not depend on its company.
   bool packs_group(const core::Sequence& sequence) const {
-    return may_pack && group > 1 && sequence.seqlen_q > 0 && sequence.seqlen_q * group <= panel;
+    return may_pack && cpu::packs_group(group, panel, sequence.seqlen_q);
   }
 
   // Unpacked, panel p of a key head covers queries of head kv_head * group + p % group, so that
@@ -82,6 +87,14 @@ struct AttentionCall {
     return packs_group(sequence) ? 1 : ceil_div(sequence.seqlen_q, panel) * group;
   }
 };
+
+// The keys of one of the chunks that the backward's tasks share, in whole tiles.
+inline semantics::Range keys_of_chunk(int64_t chunk, int64_t num_chunks, int64_t seqlen_k,
+                                      int64_t tile_keys) {
+  const int64_t tiles = ceil_div(seqlen_k, tile_keys);
+  return {chunk * tiles / num_chunks * tile_keys,
+          std::min((chunk + 1) * tiles / num_chunks * tile_keys, seqlen_k)};
+}
 
 // Consecutive panels of one (batch, key head), against all keys or one split of them.
 struct ForwardTask {
@@ -248,8 +261,9 @@ template <int64_t kTarget>
 ForwardKernels forward_kernels();
 template <int64_t kTarget>
 BackwardKernels backward_kernels();
+// Its signature has no type of ours, and so g++ would export it.
 template <int64_t kTarget>
-int64_t panel_size();
+__attribute__((visibility("hidden"))) int64_t panel_size();
 
 // With larger register tiles; null where the target has none.
 template <int64_t kTarget>

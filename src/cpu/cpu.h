@@ -1,7 +1,6 @@
 // Attention on any CPU.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "core/implementation.h"

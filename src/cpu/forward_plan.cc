@@ -75,11 +75,6 @@ struct Cut {
   }
 };
 
-bool packs_group(const AttentionProblem& problem, int64_t panel, int64_t seqlen_q) {
-  const int64_t group = problem.num_heads / problem.num_heads_kv;
-  return group > 1 && seqlen_q > 0 && seqlen_q * group <= panel;
-}
-
 // Whether to go row by row. Vectors are whole, and each score is used once.
 bool few_queries(const AttentionProblem& problem, int64_t seqlen_q) {
   const int64_t group = problem.num_heads / problem.num_heads_kv;
@@ -96,7 +91,8 @@ Cut actual_cut(const AttentionArgs& args, const AttentionProblem& problem,
     seqlen_q = std::max(seqlen_q, sequence.seqlen_q);
     seqlen_k = std::max(seqlen_k, sequence.seqlen_k);
   }
-  return Cut(problem, set, packs_group(problem, set.panel, seqlen_q),
+  return Cut(problem, set,
+             packs_group(problem.num_heads / problem.num_heads_kv, set.panel, seqlen_q),
              few_queries(problem, seqlen_q), seqlen_k, num_workers);
 }
 
@@ -127,15 +123,12 @@ struct SharedLayout {
 void fill_rows_past_the_end(const AttentionArgs& args, const AttentionProblem& problem) {
   if (problem.layout != core::Layout::kVarlen) return;
   const int64_t end = args.cu_seqlens_q.as<const int32_t>()[problem.batch];
-  const int64_t row_bytes = problem.head_dim_v * core::byte_size(args.out.dtype);
-  for (int64_t row = end; row < args.out.shape[0]; ++row) {
-    for (int64_t head = 0; head < problem.num_heads; ++head) {
-      const int64_t at = row * args.out.strides[0] + head * args.out.strides[1];
-      std::memset(args.out.as<char>() + at * core::byte_size(args.out.dtype), 0, row_bytes);
-      if (problem.wants_lse) {
-        args.lse.as<float>()[head * args.lse.strides[0] + row * args.lse.strides[1]] =
-            __builtin_inff();
-      }
+  clear_rows(args.out, 0, end, problem.total_q);
+  if (!problem.wants_lse) return;
+  for (int64_t head = 0; head < problem.num_heads; ++head) {
+    for (int64_t row = end; row < problem.total_q; ++row) {
+      args.lse.as<float>()[head * args.lse.strides[0] + row * args.lse.strides[1]] =
+          __builtin_inff();
     }
   }
 }

@@ -1,4 +1,4 @@
-// The two matrix products of the forward, register tile by register tile.
+// The matrix products of forward and backward, register tile by register tile.
 //
 // Scores are kept transposed, S^T [key][query]: K needs no transpose, a query's softmax statistics
 // lie in one lane, and the keys' axis, which both products run along, is the slow one.

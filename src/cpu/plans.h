@@ -2,7 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
+#include <cstring>
 
 #include "core/implementation.h"
 #include "cpu/call.h"
@@ -21,12 +21,17 @@ inline int64_t max_panels(const core::AttentionProblem& problem, int64_t panel, 
                      : (problem.total_q / panel + problem.batch) * problem.num_heads;
 }
 
-// Heaviest first, so that no long task starts last. The order changes no result.
-template <class Task>
-void sort_by_cost(std::vector<Task>& tasks) {
-  const auto heavier = [](const Task& a, const Task& b) { return a.cost > b.cost; };
-  if (!std::is_sorted(tasks.begin(), tasks.end(), heavier)) {
-    std::stable_sort(tasks.begin(), tasks.end(), heavier);
+// Zeroes rows [begin, end) of one entry of a tensor.
+inline void clear_rows(const core::TensorView& tensor, int64_t index, int64_t begin, int64_t end) {
+  const core::Rows rows = core::rows_from(tensor, index, 0);
+  const int64_t heads = tensor.shape[tensor.ndim - 2];
+  const int64_t element_bytes = core::byte_size(tensor.dtype);
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t at = rows.offset + row * rows.row_stride + head * rows.head_stride;
+      std::memset(tensor.as<char>() + at * element_bytes, 0,
+                  tensor.shape[tensor.ndim - 1] * element_bytes);
+    }
   }
 }
 

@@ -1,7 +1,6 @@
 // Compiling without a device: for machines that are prepared ahead, and for tests.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "core/status.h"

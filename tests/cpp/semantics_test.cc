@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <limits>
 #include <set>
-#include <vector>
 
 namespace fa::semantics {
 namespace {

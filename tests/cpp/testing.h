@@ -7,7 +7,6 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <string>
 #include <vector>
 
 #include "core/element.h"

@@ -67,8 +67,8 @@ enum class BiasElement : int { kNone, kOwn, kFloat32, kBoolean };
 
 struct ScoreArgs {
   float scale;         // kPlain, kGeneral: softmax_scale; kSoftcap: softmax_scale / softcap
-  float scale_log2;    // of a score inside 2^x: log2(e) times softmax_scale (kPlain), softcap
-                       // (kSoftcap) or 1 (kGeneral)
+  float scale_log2;    // of a score inside 2^x: log2(e) times softmax_scale (kPlain) or softcap
+                       // (kSoftcap); kGeneral has it in the score
   float softcap;       // kGeneral; 0: none
   int bias_has_pairs;  // keys 2i and 2i + 1 of attn_bias lie side by side, aligned together
   const float* alibi_slopes;
