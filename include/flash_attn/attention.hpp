@@ -262,10 +262,11 @@ class [[nodiscard]] Status {
 
 // ---- Calls ----
 
-// One attention call. q, k, v and out are required and share one dtype, fp32, fp16 or bf16; any
-// strides, with a contiguous last dimension; what is written must not overlap anything else.
-// (B batch, Sq/Sk sequence lengths, H/Hk heads of q and of k and v, H % Hk == 0, D/Dv head_dim of q
-// and k and of v and out, each in [1, 512] on the CPU.)
+// One attention call; flash_attn.h has the formulas. q, k, v and out are required and share one
+// dtype, fp32, fp16 or bf16; strides are at least 0, that of the last dimension is 1; what is
+// written must overlap neither itself nor anything else, which is not checked. (B batch, Sq/Sk
+// sequence lengths, H/Hk heads of q and of k and v, H % Hk == 0, D/Dv head_dim of q and k and of v
+// and out, each in [1, 512] on the CPU, in [1, 256] on a GPU.)
 struct ForwardArgs {
   // Dense:  q [B, Sq, H, D]    k [B, Sk, Hk, D]    v [B, Sk, Hk, Dv]    out [B, Sq, H, Dv]
   // Varlen: q [total_q, H, D]  k [total_k, Hk, D]  v [total_k, Hk, Dv]  out [total_q, H, Dv]
@@ -301,19 +302,23 @@ struct ForwardArgs {
   std::int64_t num_splits = 0;     // of the keys; 0: chosen, 1: none
 
   Tensor alibi_slopes{};  // fp32 [H] or [B, H]
-  Tensor attn_bias{};  // broadcastable to [B, H, Sq, Sk]; fp32 or q's dtype; bool: keep where true
+  // Broadcastable to [B, H, Sq, Sk]; fp32 or q's dtype; bool: keep where true. Varlen: Sq and Sk
+  // are the max_seqlens; over a KV cache Sk is a row's room, and columns begin behind
+  // cache_leftpad.
+  Tensor attn_bias{};
   Tensor learnable_sink{};  // [H], fp32 or q's dtype
 
   std::optional<double> softmax_scale{};  // absent: D^-1/2
   bool causal = false;                    // aligned to the bottom right corner
   std::int64_t window_size_left = -1;     // keys seen before a query's own position; -1: all
-  std::int64_t window_size_right = -1;    // and behind it
+  std::int64_t window_size_right = -1;    // and after it; causal overrides it
   double softcap = 0.0;                   // s -> softcap * tanh(s / softcap); 0: none
-  double dropout_p = 0.0;                 // in [0, 1)
+  double dropout_p = 0.0;                 // in [0, 1), to the next 65536th
   std::uint64_t dropout_seed = 0;
   std::uint64_t dropout_offset = 0;
 
-  // "cpu", "cpu:avx2", "reference"; null: FLASH_ATTENTION_BACKEND, or else the best; "": the best
+  // "cpu", "cpu:avx2", "reference" (forward only); null: FLASH_ATTENTION_BACKEND, or else the best;
+  // "": the best
   const char* backend = nullptr;
   void* stream = nullptr;  // a CUDA stream; ignored on the CPU
   // On a GPU, for a KV cache with rotary embedding or splits: see fa_attention_args.
@@ -594,7 +599,7 @@ inline std::vector<Implementation> implementations(DeviceType device = DeviceTyp
 
 struct Threads {
   int count = 1;
-  std::string source{};  // "own pool", "OpenMP runtime of the process"
+  std::string source{};  // "own pool", "OpenMP runtime of the process", "the caller's pool"
 };
 
 // What a CPU call uses at most.
@@ -602,6 +607,12 @@ inline Threads threads() {
   const char* source = "";
   const int count = fa_num_threads(&source);
   return {count, source};
+}
+
+// From now on calls on the CPU run on the caller's threads, see fa_thread_pool; null: on the
+// library's own again.
+inline Status use_thread_pool(const fa_thread_pool* pool) {
+  return detail::make_status(fa_use_thread_pool(pool));
 }
 
 }  // namespace fa

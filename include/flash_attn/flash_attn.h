@@ -3,6 +3,19 @@
  * Every function that can fail returns an fa_status; the message of a thread's last failure is
  * fa_last_error_message(). Nothing is written to the outputs of a call that returns
  * FA_INVALID_ARGUMENT or FA_UNSUPPORTED.
+ *
+ * Any function may be called from any number of threads at once, on outputs of their own. A thread
+ * that has made calls on the CPU keeps up to 64 MiB of memory for the next ones.
+ *
+ * What a call computes, for query i of Sq and key j of Sk (Dao et al., "FlashAttention", 2022):
+ *   s_ij = scale * <q_i, k_j>, then softcap * tanh(s_ij / softcap), then
+ *          - slope_h * |i + Sk - Sq - j| and + attn_bias_ij
+ *   i sees j where i + Sk - Sq - window_size_left <= j <= i + Sk - Sq + window_size_right; causal
+ *          is a window_size_right of 0. A key under a bias of -infinity, or false, is not seen.
+ *   lse_i = ln(sum_j exp(s_ij) + exp(sink_h)), over the keys that i sees, the sink where there is
+ * one out_i = sum_j P_ij M_ij v_j, P_ij = exp(s_ij - lse_i), and dropout's M_ij is 0 or 1 / (1 - p)
+ * A query that sees no key has out 0 and lse +infinity, or sink_h. Key head h / (H / Hk) serves
+ * query head h. Rows of varlen tensors behind the last sequence belong to none: 0 and +infinity.
  */
 #ifndef FLASH_ATTN_FLASH_ATTN_H_
 #define FLASH_ATTN_FLASH_ATTN_H_
@@ -56,9 +69,12 @@ typedef struct fa_tensor {
  * head_dim of q and k and of v and out):
  *   dense:  q [B, Sq, H, D]    k [B, Sk, Hk, D]    v [B, Sk, Hk, Dv]    out [B, Sq, H, Dv]
  *   varlen: q [total_q, H, D]  k [total_k, Hk, D]  v [total_k, Hk, Dv]  out [total_q, H, Dv]
- *   paged (with varlen): k [num_blocks, page_size, Hk, D], v [num_blocks, page_size, Hk, Dv]
- * q, k, v and out share one dtype: fp32, fp16 or bf16. Any strides with a contiguous last
- * dimension. What is written must not overlap anything else of the call. */
+ *   paged: k [num_blocks, page_size, Hk, D], v [num_blocks, page_size, Hk, Dv], with block_table;
+ *          q is varlen, or dense over a KV cache
+ * q, k, v and out share one dtype: fp32, fp16 or bf16; D and Dv are in [1, 512] on the CPU, in
+ * [1, 256] on a GPU. Strides are at least 0, that of the last dimension is 1, and data is aligned
+ * to its elements. What is written must overlap neither itself nor anything else of the call; that
+ * is not checked, but for broadcast dimensions. */
 typedef struct fa_attention_args {
   size_t struct_size; /* sizeof(fa_attention_args), set by fa_attention_args_init() */
 
@@ -66,18 +82,23 @@ typedef struct fa_attention_args {
   const fa_tensor* k;
   const fa_tensor* v;
   const fa_tensor* out;
-  const fa_tensor* lse;     /* [B, H, Sq], varlen [H, total_q]; fp32; natural logarithm */
-  const fa_tensor* s_dmask; /* [B, H, Sq rounded up to 128, Sk rounded up to 128], q's dtype */
+  const fa_tensor* lse; /* [B, H, Sq], varlen [H, total_q]; fp32; natural logarithm */
+  /* [B, H, Sq rounded up to 128, Sk rounded up to 128], q's dtype: exp(s_ij - max_j s_ij), negative
+   * (-0 too) where dropout drops it, 0 where i does not see j. Slow, for tests. */
+  const fa_tensor* s_dmask;
 
   const fa_tensor* cu_seqlens_q; /* int32 [B + 1]; with cu_seqlens_k: varlen */
   const fa_tensor* cu_seqlens_k; /* int32 [B + 1] */
   const fa_tensor* seqused_k;    /* int32 [B]: keys in use of each sequence; varlen */
-  const fa_tensor* block_table;  /* int32 [B, max_blocks]: pages of each sequence; varlen */
-  int64_t max_seqlen_q;          /* varlen: at least the longest sequence */
+  const fa_tensor* block_table;  /* int32 [B, max_blocks]: pages of each sequence */
+  int64_t max_seqlen_q;          /* varlen: at least the longest sequence; else not looked at */
   int64_t max_seqlen_k;
 
   const fa_tensor* alibi_slopes; /* fp32 [H] or [B, H] */
-  const fa_tensor* attn_bias; /* broadcastable to [B, H, Sq, Sk]; fp32 or q's dtype; bool: keep */
+  /* Broadcastable to [B, H, Sq, Sk], 1 to 4 dimensions; fp32 or q's dtype; bool or uint8: keep
+   * where not 0. Varlen: Sq and Sk are max_seqlen_q and max_seqlen_k. Over a KV cache Sk is what a
+   * row has room for, and column j belongs to the j-th token behind cache_leftpad. */
+  const fa_tensor* attn_bias;
   const fa_tensor* learnable_sink; /* [H], fp32 or q's dtype */
 
   /* Not NULL: q is dense, and k [batch_cache, seqlen_cache, Hk, D] and v are a KV cache, or pages
@@ -102,11 +123,12 @@ typedef struct fa_attention_args {
   int64_t window_size_left; /* -1: unbounded */
   int64_t window_size_right;
   double softcap;   /* 0: none */
-  double dropout_p; /* in [0, 1) */
+  double dropout_p; /* in [0, 1); what is kept has a probability in whole 65536ths, at least one */
   uint64_t dropout_seed;
   uint64_t dropout_offset;
 
-  /* "cpu", "cpu:avx2", "reference"; NULL: FLASH_ATTENTION_BACKEND or the best; "": the best */
+  /* "cpu", "cpu:avx2", "reference" (forward only); NULL: FLASH_ATTENTION_BACKEND or the best; "":
+   * the best */
   const char* backend;
   void* stream; /* a CUDA stream; ignored on the CPU */
   /* On a GPU: gives `bytes` of memory on q's device, aligned to 64 bytes, that stays until what the
@@ -125,8 +147,8 @@ static inline void fa_attention_args_init(fa_attention_args* args) {
   fa_attention_args_init_sized(args, sizeof(fa_attention_args));
 }
 
-/* out = softmax(scale * q k^T + bias, masked) v, after Dao et al., "FlashAttention" (2022). Returns
- * when the result is written (CPU) or enqueued (GPU). */
+/* Computes out, and lse and s_dmask where they are given. Returns when they are written (CPU) or
+ * enqueued (GPU). */
 FA_API fa_status fa_forward(const fa_attention_args* args);
 
 /* fa_forward(), if the calling thread has made a call of this kind before: one that differs in
@@ -137,15 +159,17 @@ FA_API fa_status fa_forward(const fa_attention_args* args);
 FA_API fa_status fa_forward_known(const fa_attention_args* args, int32_t* ran);
 
 /* The fp64 oracle that every backend is tested against: the same call, computed straight from the
- * formula. `out`, `lse` and `bound` are fp64 tensors of the shapes of out, lse and out; each may be
- * NULL, and else is row-major without gaps. bound is sum_j P_ij |v_jd|, which normalises the error
- * of out. args->out, args->lse and args->s_dmask are ignored. CPU only; slow. */
+ * formula; over a KV cache without k_new. `out`, `lse` and `bound` are fp64 tensors of the shapes
+ * of out, lse and out; each may be NULL, and else is row-major without gaps. bound is sum_j P_ij
+ * |v_jd|, which normalises the error of out. args->out, args->lse and args->s_dmask are ignored.
+ * CPU only; slow. */
 FA_API fa_status fa_forward_oracle(const fa_attention_args* args, const fa_tensor* out,
                                    const fa_tensor* lse, const fa_tensor* bound);
 
 /* Which implementation would run the call, and why each other one would not. Writes a line per
  * candidate, NUL-terminated and cut at `capacity`; *needed, if not NULL, gets the bytes for all of
- * it. The tensors' data pointers are not followed unless the checks of fa_forward() read them. */
+ * it. The tensors' data pointers are not followed unless the checks of fa_forward() read them, but
+ * must not be NULL. */
 FA_API fa_status fa_explain(const fa_attention_args* args, char* text, size_t capacity,
                             size_t* needed);
 
@@ -213,8 +237,8 @@ FA_API fa_status fa_explain_backward(const fa_attention_args* args,
 
 /* The checks of fa_forward(), or with `gradients` of fa_backward(), and nothing else: for those who
  * compute a call by other means. On any device, CPU or not. Where `values_are_real` is 0 the
- * tensors stand for others: lengths, rows and page numbers are not looked at, nor any other data.
- */
+ * tensors stand for others: lengths, rows and page numbers are not looked at, nor any other data;
+ * a pointer to it is any aligned one that is not NULL. */
 FA_API fa_status fa_validate(const fa_attention_args* args, const fa_attention_gradients* gradients,
                              int32_t values_are_real);
 
@@ -226,8 +250,27 @@ FA_API const char* fa_implementation_name(int32_t device_type, int32_t index);
 FA_API int32_t fa_implementation_available(int32_t device_type, int32_t index, const char** reason);
 
 /* Threads that a CPU call uses at most, and where they come from ("own pool", "OpenMP runtime of
- * the process"). */
+ * the process", "the caller's pool"). */
 FA_API int32_t fa_num_threads(const char** source);
+
+/* Threads of the caller's. */
+typedef struct fa_thread_pool {
+  void* context;
+  /* How many may take part in a call, the calling thread among them: at least 1. Asked once for
+   * each call, on the calling thread. */
+  int32_t (*num_threads)(void* context);
+  /* Calls body(body_context, task, thread) once for each task in [0, num_tasks), in any order, and
+   * returns when all calls have. `thread` is in [0, max_threads), and the same for no two calls at
+   * once. Fewer threads may do it, also the calling one alone. May be called from several threads
+   * at once, as fa_forward() may. */
+  void (*run)(void* context, int64_t num_tasks, int32_t max_threads,
+              void (*body)(void* body_context, int64_t task, int32_t thread), void* body_context);
+} fa_thread_pool;
+
+/* From now on calls on the CPU run on these threads, so that a program that has a pool keeps one
+ * set of them; NULL: on the library's own again. The functions and what context points to must last
+ * as long as calls. */
+FA_API fa_status fa_use_thread_pool(const fa_thread_pool* pool);
 
 /* Adopts the OpenMP runtime in the shared library at `path`, which must be loaded in the process
  * already, so that the process keeps one set of threads. FA_UNSUPPORTED where it has none. */

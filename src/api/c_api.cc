@@ -760,6 +760,21 @@ fa_status fa_use_openmp_runtime(const char* path) {
   return guarded([&] { return fa::cpu::use_openmp_runtime(path); });
 }
 
+fa_status fa_use_thread_pool(const fa_thread_pool* pool) {
+  return guarded([&]() -> fa::core::Status {
+    if (pool == nullptr) {
+      fa::cpu::use_callers_pool(nullptr);
+      return {};
+    }
+    if (pool->num_threads == nullptr || pool->run == nullptr) {
+      return fa::core::invalid_argument("pool: num_threads and run must not be NULL");
+    }
+    const fa::cpu::CallersPool given{pool->context, pool->num_threads, pool->run};
+    fa::cpu::use_callers_pool(&given);
+    return {};
+  });
+}
+
 void fa_use_thread_count(int32_t (*count)(void)) { fa::cpu::use_thread_count(count); }
 
 fa_status fa_measure_ceiling(const char* kind, int32_t num_threads, double* per_second) {

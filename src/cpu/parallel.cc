@@ -1,5 +1,6 @@
-// Which threads a CPU call runs on: the OpenMP runtime that the process has already (PyTorch brings
-// one; two sets of threads in one process take turns in milliseconds), or a pool of our own.
+// Which threads a CPU call runs on: those that the caller brings, the OpenMP runtime that the
+// process has already (PyTorch brings one; two sets of threads in one process take turns in
+// milliseconds), or a pool of our own.
 #include <dlfcn.h>
 #include <pthread.h>
 
@@ -121,6 +122,26 @@ class OwnThreads final : public core::Parallel {
   ThreadPool pool_{wanted_ > 0 ? wanted_ : at_most_quota(processors_by_affinity())};
 };
 
+class CallersThreads final : public core::Parallel {
+ public:
+  explicit CallersThreads(const CallersPool& pool) : pool_(pool) {}
+
+  int num_workers() const override {
+    const int threads = std::clamp(pool_.num_threads(pool_.context), 1, kMaxThreads);
+    return at_most_framework_threads(threads);
+  }
+  void run(int64_t num_tasks, int max_workers, core::ParallelBody body, void* context) override {
+    const int workers = static_cast<int>(std::min<int64_t>(max_workers, num_tasks));
+    if (workers > 1) return pool_.run(pool_.context, num_tasks, workers, body, context);
+    for (int64_t task = 0; task < num_tasks; ++task) body(context, task, 0);
+  }
+
+ private:
+  const CallersPool pool_;
+};
+
+std::atomic<CallersThreads*> callers{nullptr};
+
 // Never destroyed: a thread may still be in a call while the process exits.
 OwnThreads& own_pool() {
   static OwnThreads& pool = *new OwnThreads;
@@ -151,6 +172,7 @@ bool find(void* library, const char* symbol, Function& function) {
 }  // namespace
 
 core::Parallel& default_parallel() {
+  if (CallersThreads* given = callers.load(std::memory_order_acquire)) return *given;
   watch_forks();
   OpenMpParallel* adopted = openmp.load(std::memory_order_acquire);
   if (adopted != nullptr && !forked.load(std::memory_order_relaxed)) return *adopted;
@@ -158,7 +180,13 @@ core::Parallel& default_parallel() {
 }
 
 const char* parallel_source() {
+  if (callers.load(std::memory_order_acquire) != nullptr) return "the caller's pool";
   return &default_parallel() == &own_pool() ? "own pool" : "OpenMP runtime of the process";
+}
+
+void use_callers_pool(const CallersPool* pool) {
+  // Kept for the life of the process: calls may be running on it at any time.
+  callers.store(pool != nullptr ? new CallersThreads(*pool) : nullptr, std::memory_order_release);
 }
 
 void use_thread_count(int (*count)()) { framework_threads.store(count, std::memory_order_release); }

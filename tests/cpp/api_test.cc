@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -720,6 +721,68 @@ TEST(C, workspace_grows_and_shrinks_between_calls) {
   run(b);
   EXPECT_EQ(run(a), first);
   run(b);
+}
+
+// Threads that are started for each region and counted.
+struct CountedPool {
+  int32_t num_threads = 3;
+  std::atomic<int64_t> regions{0}, tasks{0};
+
+  fa_thread_pool c() {
+    return {this, [](void* pool) { return static_cast<CountedPool*>(pool)->num_threads; }, run};
+  }
+
+ private:
+  static void run(void* pool, int64_t num_tasks, int32_t max_threads,
+                  void (*body)(void*, int64_t, int32_t), void* context) {
+    auto& it = *static_cast<CountedPool*>(pool);
+    EXPECT_GT(max_threads, 1);
+    EXPECT_LE(max_threads, it.num_threads);
+    ++it.regions;
+    it.tasks += num_tasks;
+    std::atomic<int64_t> next{0};
+    std::vector<std::thread> threads;
+    for (int32_t t = 0; t < max_threads; ++t) {
+      threads.emplace_back([&, t] {
+        for (int64_t task = next++; task < num_tasks; task = next++) body(context, task, t);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+TEST(C, calls_run_on_the_callers_threads) {
+  const Case large{.name = "large", .batch = 2, .seqlen_q = 300, .seqlen_k = 500, .head_dim = 64};
+  PreparedCase it(large, core::DataType::kFloat32);
+  const std::vector<double> expected = run(it);
+  ASSERT_EQ(fa_backward(&it.args(), &it.gradients()), FA_OK) << fa_last_error_message();
+  const uint64_t dq = it.tensors().dq.hash();
+  CountedPool pool;
+  const fa_thread_pool c = pool.c();
+  ASSERT_EQ(fa_use_thread_pool(&c), FA_OK);
+  EXPECT_EQ(threads().source, "the caller's pool");
+  EXPECT_EQ(threads().count, 3);
+  it.tensors().out.poison();
+  EXPECT_EQ(run(it), expected);
+  EXPECT_GT(pool.tasks.load(), pool.regions.load());
+  const int64_t regions = pool.regions;
+  EXPECT_GT(regions, 0);
+  it.tensors().dq.poison();
+  ASSERT_EQ(fa_backward(&it.args(), &it.gradients()), FA_OK) << fa_last_error_message();
+  EXPECT_EQ(it.tensors().dq.hash(), dq);
+  EXPECT_GT(pool.regions, regions);
+
+  const int64_t before = pool.regions;
+  pool.num_threads = -5;  // counts as one, which needs no pool
+  EXPECT_EQ(run(it), expected);
+  EXPECT_EQ(pool.regions, before);
+
+  const fa_thread_pool without{nullptr, nullptr, c.run};
+  EXPECT_EQ(fa_use_thread_pool(&without), FA_INVALID_ARGUMENT);
+  EXPECT_EQ(threads().source, "the caller's pool");
+  ASSERT_EQ(fa_use_thread_pool(nullptr), FA_OK);
+  EXPECT_NE(threads().source, "the caller's pool");
+  EXPECT_EQ(run(it), expected);
 }
 
 TEST(C, concurrent_calls_agree_with_those_made_alone) {
