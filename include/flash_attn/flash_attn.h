@@ -12,8 +12,9 @@
  *          - slope_h * |i + Sk - Sq - j| and + attn_bias_ij
  *   i sees j where i + Sk - Sq - window_size_left <= j <= i + Sk - Sq + window_size_right; causal
  *          is a window_size_right of 0. A key under a bias of -infinity, or false, is not seen.
- *   lse_i = ln(sum_j exp(s_ij) + exp(sink_h)), over the keys that i sees, the sink where there is
- * one out_i = sum_j P_ij M_ij v_j, P_ij = exp(s_ij - lse_i), and dropout's M_ij is 0 or 1 / (1 - p)
+ *   lse_i = ln(sum_j exp(s_ij) + exp(sink_h)) over the keys that i sees and the sink, if any
+ *   out_i = sum_j P_ij M_ij v_j, where P_ij = exp(s_ij - lse_i) and dropout's M_ij is 0 or
+ *           1 / (1 - p)
  * A query that sees no key has out 0 and lse +infinity, or sink_h. Key head h / (H / Hk) serves
  * query head h. Rows of varlen tensors behind the last sequence belong to none: 0 and +infinity.
  */
