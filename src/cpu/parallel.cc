@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 #include <limits>
 #include <mutex>
 
@@ -185,8 +186,11 @@ const char* parallel_source() {
 }
 
 void use_callers_pool(const CallersPool* pool) {
-  // Kept for the life of the process: calls may be running on it at any time.
-  callers.store(pool != nullptr ? new CallersThreads(*pool) : nullptr, std::memory_order_release);
+  // Kept for the life of the process: calls may be running on any of them.
+  static std::mutex mutex;
+  static auto& kept = *new std::deque<CallersThreads>;
+  const std::lock_guard lock(mutex);
+  callers.store(pool != nullptr ? &kept.emplace_back(*pool) : nullptr, std::memory_order_release);
 }
 
 void use_thread_count(int (*count)()) { framework_threads.store(count, std::memory_order_release); }
