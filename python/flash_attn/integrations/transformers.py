@@ -22,12 +22,7 @@ import torch
 
 try:
     from transformers import AttentionInterface
-    from transformers.masking_utils import (
-        ALL_MASK_ATTENTION_FUNCTIONS,
-        AttentionMaskInterface,
-        bidirectional_mask_function,
-        causal_mask_function,
-    )
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import PreTrainedModel
 
     _check = PreTrainedModel._check_and_adjust_attn_implementation
@@ -204,12 +199,21 @@ def _mask(**given: Any) -> torch.Tensor | None:
     return torch.ones(shape, dtype=torch.bool, device=given.get("device"))
 
 
+# Those of transformers.masking_utils that say what options say; not every version has all.
+_TOLD_BY_OPTIONS = (
+    "causal_mask_function",
+    "bidirectional_mask_function",
+    "sliding_window_overlay",
+    "sliding_window_bidirectional_overlay",
+)
+
+
 def _options_tell(mask_function: Callable[..., Any], batch_size: int) -> bool:
     """Whether a mask's function is made of causality, windows and packed sequences of one row."""
-    if mask_function in (causal_mask_function, bidirectional_mask_function):
-        return True
-    name = getattr(mask_function, "__qualname__", "").split(".")[0]
-    if name in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
+    if getattr(mask_function, "__module__", "") != AttentionMaskInterface.__module__:
+        return False
+    name = mask_function.__qualname__.split(".")[0]
+    if name in _TOLD_BY_OPTIONS:
         return True
     if name == "packed_sequence_mask_function":
         return batch_size == 1
