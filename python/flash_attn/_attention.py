@@ -436,10 +436,7 @@ def _arguments(
     window_left, window_right = window(options)
     if isinstance(attn_bias, _Tensor):
         attn_bias = usable(attn_bias)
-    if isinstance(learnable_sink, _Tensor):
-        learnable_sink = compact(learnable_sink)
-    if isinstance(alibi_slopes, _Tensor):
-        alibi_slopes = compact(alibi_slopes)
+    learnable_sink, alibi_slopes = _resolved(learnable_sink), _resolved(alibi_slopes)
     return (
         q,
         k,
@@ -518,9 +515,7 @@ def run_with_kvcache(
     if any(x.is_neg() for x in cache):
         raise ValueError("k_cache, v_cache: must not be views of negated values")
     call = _arguments(q, *cache, out, lse, None, attn_bias, learnable_sink, options, 0)
-    kvcache_arguments = tuple(
-        compact(x) if isinstance(x, _Tensor) else x for x in kvcache_arguments
-    )
+    kvcache_arguments = tuple(map(_resolved, kvcache_arguments))
     arguments = (*kvcache_arguments, *call)
     try:
         if q.is_cpu and _native_on_cpu:
@@ -559,6 +554,11 @@ def _place_of_seed(generator: torch.Generator | None) -> torch.Tensor:
     return _empty((), dtype=torch.int64, device="cpu" if generator is None else generator.device)
 
 
+def _resolved(x: Any) -> Any:
+    """x, or a copy where it is a view of negated values, which DLPack cannot say."""
+    return x.resolve_neg() if isinstance(x, _Tensor) and x.is_neg() else x
+
+
 def compact(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy where its last dimension is not contiguous."""
     return _of_strides(x, (1,))
@@ -570,12 +570,11 @@ def usable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _of_strides(x: torch.Tensor, last: tuple[int, ...]) -> torch.Tensor:
-    # A view with the negative bit set holds its values negated, which DLPack cannot say.
-    if x.is_neg():
-        x = x.resolve_neg()
+    x = _resolved(x)
     if x.is_contiguous():  # one question, for nearly all
         return x
-    return x if x.dim() == 0 or x.stride(-1) in last else x.contiguous()
+    is_one = x.dim() == 0 or x.stride(-1) in last or x.layout != torch.strided
+    return x if is_one else x.contiguous()
 
 
 # The shapes below follow from arguments that nobody has checked yet. Where those are wrong any

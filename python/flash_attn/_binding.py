@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from ._attention import Options, backward, compact, draw_seed, forward, length, round_multiple
+from ._attention import Options, backward, draw_seed, forward, length, round_multiple
 
 __all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
 
@@ -343,7 +343,7 @@ def _backward(
             _check_given(name, gradient, x.shape, x.dtype)
     with torch.no_grad():
         seed, offset = _seed_and_offset(options.dropout_p, rng_state)
-        dout, out = compact(dout), compact(out)
+        dout, out = _compact(dout), _compact(out)
         # The native library writes compact rows only.
         written = [
             torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -412,6 +412,10 @@ def _check_tensors(**tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: must be a torch.Tensor, is {type(tensor).__name__}")
+
+
+def _compact(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
 def _check_given(

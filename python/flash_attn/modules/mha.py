@@ -124,11 +124,8 @@ class _CachedAttention(nn.Module):
             "attention_dropout": dropout,
         }
         if self.use_flash_attn:
-            if alibi_slopes is not None:
-                options["alibi_slopes"] = torch.tensor(
-                    alibi_slopes, dtype=torch.float32, device=device
-                )
-            options["window_size"] = window_size
+            slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, device=device)
+            options.update(alibi_slopes=slopes, window_size=window_size)
             self.inner_attn = FlashSelfAttention(**options)
             self.inner_cross_attn = FlashCrossAttention(**options)
             return

@@ -93,9 +93,10 @@ struct OnlineSoftmax {
           total = total * factor + exp2_approx(sink_log2 - joint);
           highest = joint;
         }
-        const bool empty = total == 0.0f;
-        sum[m][half] = empty ? 0.0f : factor / total;
-        max[m][half] = empty ? empty_lse(has_sink) : (highest + log2_approx(total)) * kLn2;
+        const bool empty = !has_sink && highest == -kInfinity;
+        // Both are 0 where there is no term but a sink of -infinity, whose log-sum-exp that is.
+        sum[m][half] = empty ? 0.0f : factor / fmaxf(total, 1e-30f);
+        max[m][half] = empty ? kInfinity : (highest + log2_approx(total)) * kLn2;
       }
     }
   }
