@@ -168,8 +168,7 @@ Status to_view(const fa_tensor* tensor, const char* name, TensorView& view) {
   return {};
 }
 
-// `given` has struct_size bytes, by the caller's header; what this library does not know of them is
-// zero.
+// `given` has struct_size bytes by the caller's header; those that are unknown here become zero.
 template <class Struct>
 void init_struct(Struct* given, size_t struct_size, Struct defaults) {
   if (given == nullptr) return;
@@ -435,8 +434,7 @@ TensorView stand_in(const TensorView& like) {
 }
 
 TensorView out_stand_in(const AttentionArgs& args) {
-  // A tensor by itself, for the checks to say what is wrong with q or v.
-  if (args.q.ndim < 1 || args.v.ndim < 1) return stand_in(args.q);
+  if (args.q.ndim < 1 || args.v.ndim < 1) return stand_in(args.q);  // the checks refuse q or v
   TensorView view = args.q;
   view.shape[view.ndim - 1] = args.v.shape[args.v.ndim - 1];
   view.strides = core::row_major_strides(view);
