@@ -5,7 +5,7 @@ All take turns within one run, since clocks throttle. 16384 tokens in all, 2048 
 published tables have it. Prints TFLOP/s (4 B H Sq Sk D, half when causal) and ours over the peers'.
 
     scripts/gpu_bench.sh [--dtype bfloat16] [--backends cuda:sm90 cuda:sm80] [--quick]
-                         [--varlen]
+                         [--varlen | --grouped | --calls]
 """
 
 from __future__ import annotations
@@ -17,13 +17,22 @@ import math
 import os
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func, implementations
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    implementations,
+)
 
 TOKENS = 16384
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
@@ -126,19 +135,110 @@ def varlen_table(backend: str, dtype: torch.dtype) -> None:
                 print(f"{line}  {found / speeds['dense']:.3f}", flush=True)
 
 
+def grouped_table(backend: str, dtype: torch.dtype, quick: bool) -> None:
+    """TFLOP/s of a head of keys for each head of queries, for eight and for all of them, and the
+    ratios to the first, whose products they share."""
+    print(f"{backend}, heads of keys")
+    print("   D     S causal         all      eighth         one   ratios")
+    ratios = []
+    for head_dim in (64, 128, 256):
+        for seqlen in (4096,) if quick else (1024, 4096, 16384):
+            for causal in (False, True):
+                heads = 2048 // head_dim
+                shape = (TOKENS // seqlen, seqlen, heads, head_dim)
+                q, k, v = (torch.randn(shape, device="cuda").to(dtype) for _ in range(3))
+                functions = {}
+                for name, count in {"all": heads, "eighth": heads // 8, "one": 1}.items():
+                    keys, values = (x[:, :, :count].contiguous() for x in (k, v))
+                    functions[name] = functools.partial(ours, q, keys, values, causal, backend)
+                times = medians(functions, 3 if quick else 7)
+                flops = 4.0 * TOKENS * seqlen * 2048 / (2 if causal else 1)
+                line = f"{head_dim:>4} {seqlen:>5} {causal!s:>6} "
+                line += "".join(f"{flops / times[name] / 1e9:>12.0f}" for name in functions)
+                found = [times["all"] / times[name] for name in ("eighth", "one")]
+                print(line + "".join(f"  {ratio:.3f}" for ratio in found), flush=True)
+                ratios += found
+    print(f"geometric mean {statistics.geometric_mean(ratios):.3f}, least {min(ratios):.3f}")
+
+
+# A process's first call: after PyTorch's own start, until its result is there.
+FIRST_CALL = """
+import time
+import torch
+q = torch.randn(1, 128, 2, 64, device="cuda", dtype=torch.bfloat16)
+torch.cuda.synchronize()
+start = time.perf_counter()
+from flash_attn import flash_attn_func
+imported = time.perf_counter()
+flash_attn_func(q, q, q)
+torch.cuda.synchronize()
+print(f"{1e3 * (time.perf_counter() - imported):.0f} ms, {1e3 * (imported - start):.0f} of import")
+"""
+
+
+def calls_table(dtype: torch.dtype) -> None:
+    """What the first call of a process takes, without and with the kernel on disk; then the host's
+    microseconds per call, least and median of batches that never fill the GPU's queue."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "FLASH_ATTENTION_CACHE_DIR": folder}
+        for what in ("first call ever", *["first call of a later process"] * 5):
+            command = [sys.executable, "-c", FIRST_CALL]
+            run = subprocess.run(command, env=environment, capture_output=True, text=True)
+            print(f"{what}: {run.stdout.strip() or run.stderr[-300:]}", flush=True)
+
+    os.environ.pop("FLASH_ATTENTION_BACKEND", None)
+    q, k, v = (torch.randn(1, 128, 2, 64, device="cuda").to(dtype) for _ in range(3))
+    packed = [x[0] for x in (q, k, v)]
+    cu = torch.tensor([0, 128], dtype=torch.int32, device="cuda")
+    cache = [torch.randn(4, 1024, 2, 64, device="cuda").to(dtype) for _ in range(2)]
+    filled = torch.full((4,), 900, dtype=torch.int32, device="cuda")
+    one = torch.randn(4, 1, 2, 64, device="cuda").to(dtype)
+    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    out = torch.empty_like(q)
+    functions: dict[str, Callable[[], object]] = {
+        "flash_attn_func": lambda: flash_attn_func(q, k, v),
+        "flash_attn_varlen_func": lambda: flash_attn_varlen_func(*packed, cu, cu, 128, 128),
+        "flash_attn_with_kvcache": lambda: flash_attn_with_kvcache(
+            one, *cache, cache_seqlens=filled
+        ),
+        "scaled_dot_product_attention": lambda: scaled_dot_product_attention(*heads_first),
+        "torch.mul with out": lambda: torch.mul(q, k, out=out),
+        "torch.mul": lambda: torch.mul(q, k),
+        "torch.empty_like": lambda: torch.empty_like(q),
+    }
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(41):
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(200):
+                function()
+            times[name].append((time.perf_counter() - start) / 200 * 1e6)
+    for name, batches in times.items():
+        print(f"{name:>30} {min(batches):6.1f} {statistics.median(batches):6.1f} us")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=["float16", "bfloat16"])
     available = [it.name for it in implementations("cuda") if it.available]
     parser.add_argument("--backends", nargs="*", default=available)
     parser.add_argument("--quick", action="store_true", help="three lengths, fewer rounds")
-    parser.add_argument("--varlen", action="store_true", help="random lengths instead")
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument("--varlen", action="store_true", help="random lengths instead")
+    tables.add_argument("--grouped", action="store_true", help="fewer heads of keys instead")
+    tables.add_argument("--calls", action="store_true", help="first calls and host time instead")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     print(torch.cuda.get_device_name(), torch.__version__, "cuDNN", torch.backends.cudnn.version())
     if arguments.varlen:
         for backend in arguments.backends:
             varlen_table(backend, dtype)
+    elif arguments.grouped:
+        for backend in arguments.backends:
+            grouped_table(backend, dtype, arguments.quick)
+    elif arguments.calls:
+        calls_table(dtype)
     else:
         dense_table(arguments.backends, dtype, arguments.quick)
 

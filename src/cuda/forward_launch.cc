@@ -71,18 +71,21 @@ ForwardLaunch::ForwardLaunch(const AttentionProblem& problem, int device_index,
       device_index_(device_index),
       device_(device),
       uses_maps_(kernel.family == Family::kForward90),
-      counts_tiles_(kernel.spec.varlen &&
+      counting_(choose_counting(problem, kernel, device.properties)),
+      counts_tiles_(counting_.spec().varlen &&
                     varlen_blocks(problem, kernel.spec, tiles_m(problem, kernel.spec)) >
                         num_teams(kernel.spec, device.properties)),
       kernel_(kernel),
       otherwise_(otherwise) {}
 
-Result<const LoadedKernel*> ForwardLaunch::kernel_for(const AttentionArgs& args) const {
-  const KernelSpec& spec = kernel_.spec();
+Result<const LoadedKernel*> ForwardLaunch::kernel_for(const AttentionArgs& args,
+                                                      bool has_workspace) const {
+  const LazyKernel& kernel = has_workspace ? counting_ : kernel_;
+  const KernelSpec& spec = kernel.spec();
   const bool maps = uses_maps_ && has_tensor_map(args.q, false) &&
                     has_tensor_map(args.k, keys_end(spec)) && has_tensor_map(args.v, spec.varlen) &&
                     has_boxes(args);
-  return (uses_maps_ && !maps ? otherwise_ : kernel_).get(device_index_);
+  return (uses_maps_ && !maps ? otherwise_ : kernel).get(device_index_);
 }
 
 Status ForwardLaunch::run(const LoadedKernel& kernel, const TensorView& q,
@@ -117,7 +120,7 @@ Status ForwardLaunch::run(const LoadedKernel& kernel, const TensorView& q,
 }
 
 std::string ForwardLaunch::describe() const {
-  const Result<const LoadedKernel*> kernel = kernel_.get(device_index_);
+  const Result<const LoadedKernel*> kernel = counting_.get(device_index_);
   if (!kernel.ok()) return kernel.status().message();
   return describe_kernel(*kernel.value());
 }

@@ -19,8 +19,9 @@ class ForwardLaunch {
   // lending 8 bytes costs a framework's allocator 1 to 5 us.
   int64_t workspace_bytes() const { return counts_tiles_ ? sizeof(unsigned long long) : 0; }
 
-  // The kernel that runs a call.
-  core::Result<const LoadedKernel*> kernel_for(const core::AttentionArgs& args) const;
+  // The kernel that runs a call, which has such memory or not.
+  core::Result<const LoadedKernel*> kernel_for(const core::AttentionArgs& args,
+                                               bool has_workspace) const;
 
   // Runs it. `q` lies where `launch_args` has it, which are forward_args() for its spec, and what a
   // cache adds to them; the schedule is completed.
@@ -35,6 +36,7 @@ class ForwardLaunch {
   const int device_index_;
   const Device& device_;
   const bool uses_maps_;
+  const LazyKernel counting_;
   const bool counts_tiles_;
   const LazyKernel kernel_;
   const LazyKernel otherwise_;

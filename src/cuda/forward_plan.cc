@@ -155,7 +155,7 @@ class ForwardPlan final : public core::Plan {
   Status run(const AttentionArgs& args, void* workspace,
              const core::Stream& stream) const override {
     if (problem_.total_q == 0) return {};
-    const Result<const LoadedKernel*> kernel = launch_.kernel_for(args);
+    const Result<const LoadedKernel*> kernel = launch_.kernel_for(args, workspace != nullptr);
     if (!kernel.ok()) return kernel.status();
     ForwardArgs launch_args = forward_args(problem_, args, kernel.value()->id.spec);
     FA_TRY(launch_.run(*kernel.value(), args.q, args, launch_args, workspace, stream));

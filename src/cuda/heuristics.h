@@ -63,6 +63,11 @@ int64_t num_teams(const KernelSpec& spec, const DeviceProperties& properties);
 // Heads whose blocks take turns; see ScheduleArgs. Divides num_heads.
 int heads_per_group(const core::AttentionProblem& problem);
 
+// The kernel that serves as `kernel` does and numbers the tiles, of which free teams take the next,
+// where that is faster: it wants memory for its counter. Otherwise `kernel`.
+KernelId choose_counting(const core::AttentionProblem& problem, const KernelId& kernel,
+                         const DeviceProperties& properties);
+
 // Whether blocks take pairs of tiles; see ScheduleArgs.
 bool takes_pairs(const core::AttentionProblem& problem, const KernelId& kernel,
                  const DeviceProperties& properties);

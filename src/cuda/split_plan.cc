@@ -98,7 +98,7 @@ class SplitPlan final : public core::Plan {
 
   // By a kernel that takes whole tiles and all of their keys.
   Status run_whole(const AttentionArgs& args, void* workspace, const core::Stream& stream) const {
-    const Result<const LoadedKernel*> kernel = launch_.kernel_for(args);
+    const Result<const LoadedKernel*> kernel = launch_.kernel_for(args, workspace != nullptr);
     if (!kernel.ok()) return kernel.status();
     const TensorView q = query(args, workspace);
     ForwardArgs launch_args = forward_args(problem_, args, kernel.value()->id.spec);

@@ -71,7 +71,7 @@ void add_kernels() {
 
 uint64_t seed;
 int launches;
-std::string failure;
+std::string failure, launched;  // of the last launch: what went wrong, and its kernel
 
 void run_kernel(const char* name, unsigned blocks, unsigned threads, void** arguments) {
   const auto found = kernels().find(name);
@@ -80,6 +80,7 @@ void run_kernel(const char* name, unsigned blocks, unsigned threads, void** argu
     return;
   }
   ++launches;
+  launched = name;
   const std::string error = emulated::run(blocks, threads, seed, [&] { found->second(arguments); });
   if (!error.empty()) failure = error;
 }
@@ -172,6 +173,8 @@ class Varlen {
       return static_cast<void*>(words.data());
     };
   }
+
+  void lend_no_memory() { args_.allocate_workspace = nullptr; }
 
   const std::vector<uint16_t>& run() {
     std::fill(out_.data.begin(), out_.data.end(), 0xFFFF);
@@ -469,6 +472,23 @@ TEST_F(CudaEmulation, blocks_take_tile_after_tile) {
   const int64_t before = emulated::num_copies();
   it.run_dense();
   EXPECT_EQ(emulated::num_copies() - before, boxes(of));
+}
+
+// Dense tiles that cost unlike much: by a counter where there is memory for it, else by pairs.
+TEST_F(CudaEmulation, causal_tiles_are_the_same_by_either_schedule) {
+  for (const int64_t head_dim : {64, 128}) {
+    Varlen it({.lengths_q = {300},
+               .lengths_k = {300},
+               .head_dim = head_dim,
+               .num_heads = 4,
+               .causal = true});
+    const std::vector<uint16_t> varlen = it.run();
+    EXPECT_EQ(it.run_dense(), varlen) << head_dim;
+    EXPECT_NE(launched.find(".varlen = true"), std::string::npos) << launched;
+    it.lend_no_memory();
+    EXPECT_EQ(it.run_dense(), varlen) << head_dim;
+    EXPECT_NE(launched.find(".varlen = false"), std::string::npos) << launched;
+  }
 }
 
 }  // namespace

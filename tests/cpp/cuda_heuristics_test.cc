@@ -198,6 +198,41 @@ TEST(CudaHeuristics, tiles_that_all_run_at_once_are_not_paired) {
   EXPECT_FALSE(paired(2048, -1));  // all equally long
 }
 
+TEST(CudaHeuristics, many_causal_tiles_are_counted) {
+  const auto counted = [](AttentionProblem problem) {
+    problem.layout = Layout::kDense;
+    const KernelId kernel = choose_sm90(problem);
+    const KernelId counting = choose_counting(problem, kernel, hopper());
+    KernelSpec same = counting.spec;
+    same.varlen = kernel.spec.varlen;
+    EXPECT_EQ(same, kernel.spec);
+    const std::vector<KernelId> reachable = reachable_kernels(hopper());
+    EXPECT_TRUE(is_among(counting, reachable)) << to_string(counting);
+    return counting.spec.varlen;
+  };
+  AttentionProblem causal = decoding(4, 4096, 16, 16);
+  causal.seqlen_q = 4096;
+  causal.total_q = 4 * 4096;
+  causal.band.right = 0;
+  EXPECT_TRUE(counted(causal));
+  AttentionProblem other = causal;
+  other.band.right = -1;
+  EXPECT_FALSE(counted(other));  // all equally long
+  other = causal;
+  other.band.left = 512;
+  EXPECT_FALSE(counted(other));
+  other = causal;
+  other.softcap = true;
+  EXPECT_FALSE(counted(other));
+  other = causal;
+  other.head_dim_v = 48;  // boxes would lie outside
+  EXPECT_FALSE(counted(other));
+  other = causal;
+  other.batch = 1;
+  other.seqlen_q = other.total_q = 2048;  // 256 tiles for 132 multiprocessors
+  EXPECT_FALSE(counted(other));
+}
+
 TEST(CudaHeuristics, few_queries_pack_the_heads_of_a_group) {
   for (const Layout layout : {Layout::kCache, Layout::kDense, Layout::kVarlen}) {
     AttentionProblem problem = decoding(64, 4096, 32, 8);

@@ -83,8 +83,8 @@ class FixedSchedule {
   bool is_second_ = false;
 };
 
-// Of varlen sequences: tiles are numbered, each sequence's last rows and heads first, and
-// whichever team is free takes the next.
+// Of varlen sequences, and of others whose tiles cost unlike much: tiles are numbered, each
+// sequence's last rows and heads first, and whichever team is free takes the next.
 template <KernelSpec kSpec>
 class DynamicSchedule {
  public:
