@@ -17,7 +17,8 @@ print(max(1, min(os.cpu_count(), 16, memory // 2**31)))')} || exit
 echo "== accuracy, by $processes processes"
 shared=(-m pytest -q --numprocesses "$processes" --dist worksteal)
 failed=()
-"$python" "${shared[@]}" tests/python/test_cuda.py || failed+=(test_cuda)
+"$python" "${shared[@]}" tests/python/test_cuda.py tests/python/test_cuda_layouts.py ||
+  failed+=(test_cuda)
 "$python" "${shared[@]}" tests/python/test_known_calls_cuda.py || failed+=(test_known_calls)
 "$python" "${shared[@]}" --device cuda tests/python/test_kvcache.py || failed+=(test_kvcache)
 
@@ -28,7 +29,8 @@ if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     echo "== compute-sanitizer, $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q \
-      tests/python/test_cuda.py -k "$sample" || failed+=("$tool")
+      tests/python/test_cuda.py tests/python/test_cuda_layouts.py -k "$sample" ||
+      failed+=("$tool")
   done
 else
   echo "== compute-sanitizer is not on the path: skipped"

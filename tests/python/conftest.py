@@ -114,3 +114,18 @@ def load_module(path: Path) -> ModuleType:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for it runs on each implementation for NVIDIA GPUs."""
+    if "cuda_backend" in metafunc.fixturenames:
+        from cuda_calls import NAMES  # after pytest_configure()
+
+        metafunc.parametrize("cuda_backend", NAMES, indirect=True)
+
+
+@pytest.fixture
+def cuda_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An implementation for NVIDIA GPUs, forced."""
+    monkeypatch.setenv("FLASH_ATTENTION_BACKEND", request.param)
+    return request.param
