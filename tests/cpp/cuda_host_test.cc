@@ -18,6 +18,7 @@
 
 #include "flash_attn/flash_attn.h"
 #include "stub/stub.h"
+#include "tests/cpp/testing.h"
 
 namespace fa {
 namespace {
@@ -29,8 +30,7 @@ struct Tensor {
   fa_tensor c{};
 
   Tensor(void* data, std::vector<int64_t> of_shape, uint8_t code = FA_BFLOAT, uint8_t bits = 16)
-      : shape(std::move(of_shape)), strides(shape.size(), 1) {
-    for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * shape[d];
+      : shape(std::move(of_shape)), strides(testing::row_major_strides(shape)) {
     c = {data, FA_CUDA, 0, static_cast<int32_t>(shape.size()), code, bits, 1, nullptr, nullptr, 0};
   }
   const fa_tensor* get() {
@@ -113,11 +113,9 @@ struct PromptCall : CacheCall {
   }
 };
 
-std::string message() { return fa_last_error_message(); }
+using testing::contains;
 
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
+std::string message() { return fa_last_error_message(); }
 
 stub::Record& record() {
   using Get = stub::Record* (*)();
@@ -125,7 +123,7 @@ stub::Record& record() {
   return *get();
 }
 
-class CudaHost : public testing::Test {
+class CudaHost : public ::testing::Test {
  protected:
   void SetUp() override {
     std::string name = (filesystem::temp_directory_path() / "cuda_host_XXXXXX").string();
@@ -147,9 +145,9 @@ class CudaHost : public testing::Test {
     EXPECT_EXIT(
         {
           body();
-          std::_Exit(testing::Test::HasFailure() ? 1 : 0);
+          std::_Exit(::testing::Test::HasFailure() ? 1 : 0);
         },
-        testing::ExitedWithCode(0), "");
+        ::testing::ExitedWithCode(0), "");
   }
 
   filesystem::path folder_;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "core/element.h"
@@ -49,6 +50,11 @@ class Random {
  private:
   uint64_t state_;
 };
+
+// Whether a message says it.
+inline bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 // One element of any dtype but kOther; booleans as 0 and 1.
 inline double load(const core::TensorView& view, int64_t offset) {
