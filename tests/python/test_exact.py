@@ -63,15 +63,22 @@ def test_nan_past_a_sequence_is_never_read(name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tokens_behind_the_last_sequence_are_left_alone(dtype):
-    q, k, v = varlen_tensors([30, 40], [30, 40], dtype=dtype)
-    lengths = offsets([30, 10])  # 30 tokens belong to no sequence
-    expected = flash_attn_varlen_func(q, k, v, lengths, lengths, 30, 30)
-    for x in (q, k, v):
-        x[40:] = math.nan
-    out = torch.full_like(q, 7.0)
-    dlpack.attention(q, k, v, out=out, cu_seqlens_q=lengths, cu_seqlens_k=lengths)
-    assert same_bits(out[:40], expected[:40])
+@pytest.mark.parametrize("lengths_q,seqlen_k", [([30, 10], 30), ([3, 1], 700)], ids=str)
+def test_tokens_behind_the_last_sequence_are_not_read_and_give_nothing(lengths_q, seqlen_k, dtype):
+    """Their rows of out are 0, and their lse +inf."""
+    used = sum(lengths_q)
+    q, k, v = varlen_tensors([*lengths_q, 30], [seqlen_k, 10, 30], dtype=dtype)
+    cu_q, cu_k = offsets(lengths_q), offsets([seqlen_k, 10])
+    given = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "return_lse": True}
+    expected, expected_lse = dlpack.attention(q, k, v, **given)
+    q[used:] = math.nan
+    for x in (k, v):
+        x[seqlen_k + 10 :] = math.nan
+    out = torch.full_like(q, math.nan)
+    _, lse = dlpack.attention(q, k, v, out=out, **given)
+    assert same_bits(out[:used], expected[:used])
+    assert same_bits(lse[:, :used], expected_lse[:, :used])
+    assert not out[used:].any() and (lse[:, used:] == math.inf).all()
 
 
 @pytest.mark.native

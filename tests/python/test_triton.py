@@ -335,8 +335,8 @@ def test_the_suites_hold_in_the_interpreter():
         "(dense_meets and (window or everything or of_zero) or head_dim and 3-5 or empty_problems"
         " or without_visible or pages_equal or dense_gradients and (dropout or alibi)"
         " or attn_bias_has and shape1 or sink_has or nan_past or dropout_meets and 0.5"
-        " or many_splits or token_by_token and 16 and halves and dtype1 or rows_and_left"
-        " or counts_its_splits or are_split"
+        " or behind_the_last or many_splits or token_by_token and 16 and halves and dtype1"
+        " or rows_and_left or counts_its_splits or are_split"
         " or may_be_described and (options-64 or window-64 or alibi-128))"
         " and not bfloat16 and not dtype2"
     )

@@ -15,6 +15,7 @@ from .vocabulary import (
     LOG2E,
     VARIABLE,
     add_bias,
+    clear_rows_behind,
     is_visible,
     keep_mask,
     key_ranges,
@@ -151,6 +152,8 @@ def forward_kernel(
     heads_per_kv,
     num_splits,
     num_blocks,
+    batch_size,
+    num_tokens,
     scale,
     softcap,
     left,
@@ -184,6 +187,13 @@ def forward_kernel(
     first_head = program % groups * GROUP
     batch = program // groups
     q_begin, len_q = sequence_of_queries(batch, CU_Q, seqlen_q)
+    if CU_Q is not None:  # by itself: known when it is compiled  # noqa: SIM102
+        if batch == batch_size - 1 and split == 0:
+            clear_rows_behind(
+                OUT, LSE, q_begin + len_q, num_tokens, block, num_blocks, first_head,
+                (stride_out, stride_out_head, stride_lse_head),
+                GROUP, BLOCK_M, DIMS.v, DIMS.padded_v,
+            )  # fmt: skip
     if block * BLOCK_M >= len_q * GROUP:
         return
     k_row, k_begin, len_k = sequence_of_keys(

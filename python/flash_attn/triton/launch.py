@@ -7,6 +7,7 @@ metadata alone and is kept by it, so that the next call of its kind only launche
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -148,6 +149,10 @@ def _forward_plan(request: Request) -> Plan:
             call = append(call, cache)
         if attend is not None:
             attend(call, cache)
+        else:  # no sequence, or no queries
+            call.out.zero_()
+            if call.lse is not None:
+                call.lse.fill_(math.inf)
         if call.s_dmask is not None:
             write_s_dmask(call)
 
@@ -168,6 +173,8 @@ def _attend_plan(call: Call, cache: Cache | None) -> Callable[[Call, Cache | Non
         "stride_table": 0 if call.block_table is None else call.block_table.stride(0),
         "seqlen_q": call.longest_q,
         "seqlen_k": call.longest_k if cache is None else cache.seqlen_new,
+        "batch_size": call.batch,
+        "num_tokens": call.q.size(0) if call.varlen else 0,
         "num_heads": heads,
         "heads_per_kv": group,
         "GROUP": packed,

@@ -33,7 +33,7 @@ KEYS_PER_DRAW = tl.constexpr(8)
 # Arguments whose values make no better code: a kernel is not compiled anew for each kind of them.
 VARIABLE = (
     *("seqlen_q", "seqlen_k", "num_heads", "num_splits", "num_blocks", "blocks_i", "blocks_j"),
-    *("batch_size", "left", "right", "key0", "key1", "counter3", "threshold"),
+    *("batch_size", "num_tokens", "left", "right", "key0", "key1", "counter3", "threshold"),
 )
 
 
@@ -214,6 +214,27 @@ def tanh(x):
 def lse_of_none(HAS_SINK: tl.constexpr):
     """Of a row that sees no key: +inf by convention; with a sink, which is -inf then, the sum's."""
     return float("-inf") if HAS_SINK else float("inf")
+
+
+@triton.jit
+def clear_rows_behind(
+    OUT, LSE, first, num_tokens, block, num_blocks, first_head, strides,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Rows of no sequence, from `first` on, of GROUP heads, shared among num_blocks programs: out
+    is 0 and lse +inf. `strides` are those of out's rows and heads, and of lse's heads."""
+    d = tl.arange(0, BLOCK_DV)
+    for start in tl.range(first + block * ROWS, num_tokens, num_blocks * ROWS):
+        token = (start + tl.arange(0, ROWS)).to(tl.int64)
+        real = token < num_tokens
+        for head in tl.range(first_head, first_head + GROUP):
+            out = OUT + head * strides[1] + token[:, None] * strides[0] + d[None, :]
+            nothing = tl.zeros((ROWS, BLOCK_DV), OUT.dtype.element_ty)
+            tl.store(out, nothing, mask=real[:, None] & (d < DV)[None, :])
+            if LSE is not None:
+                tl.store(
+                    LSE + tl.cast(head, tl.int64) * strides[2] + token, float("inf"), mask=real
+                )
 
 
 @triton.jit
