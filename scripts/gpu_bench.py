@@ -148,14 +148,15 @@ def grouped_table(backend: str, dtype: torch.dtype, quick: bool) -> None:
                 shape = (TOKENS // seqlen, seqlen, heads, head_dim)
                 q, k, v = (torch.randn(shape, device="cuda").to(dtype) for _ in range(3))
                 functions = {}
-                for name, count in {"all": heads, "eighth": heads // 8, "one": 1}.items():
+                for count, name in {heads: "all", heads // 8: "eighth", 1: "one"}.items():
                     keys, values = (x[:, :, :count].contiguous() for x in (k, v))
                     functions[name] = functools.partial(ours, q, keys, values, causal, backend)
                 times = medians(functions, 3 if quick else 7)
                 flops = 4.0 * TOKENS * seqlen * 2048 / (2 if causal else 1)
                 line = f"{head_dim:>4} {seqlen:>5} {causal!s:>6} "
-                line += "".join(f"{flops / times[name] / 1e9:>12.0f}" for name in functions)
-                found = [times["all"] / times[name] for name in ("eighth", "one")]
+                speeds = {name: f"{flops / times[name] / 1e9:.0f}" for name in functions}
+                line += "".join(f"{speeds.get(name, ''):>12}" for name in ("all", "eighth", "one"))
+                found = [times["all"] / times[name] for name in functions if name != "all"]
                 print(line + "".join(f"  {ratio:.3f}" for ratio in found), flush=True)
                 ratios += found
     print(f"geometric mean {statistics.geometric_mean(ratios):.3f}, least {min(ratios):.3f}")
@@ -163,16 +164,18 @@ def grouped_table(backend: str, dtype: torch.dtype, quick: bool) -> None:
 
 # A process's first call: after PyTorch's own start, until its result is there.
 FIRST_CALL = """
+import sys
 import time
 import torch
-q = torch.randn(1, 128, 2, 64, device="cuda", dtype=torch.bfloat16)
+q = torch.randn(1, 128, 2, 64, device="cuda", dtype=getattr(torch, sys.argv[1]))
 torch.cuda.synchronize()
 start = time.perf_counter()
 from flash_attn import flash_attn_func
 imported = time.perf_counter()
 flash_attn_func(q, q, q)
 torch.cuda.synchronize()
-print(f"{1e3 * (time.perf_counter() - imported):.0f} ms, {1e3 * (imported - start):.0f} of import")
+called = time.perf_counter()
+print(f"{1e3 * (called - imported):.0f} ms after {1e3 * (imported - start):.0f} of import")
 """
 
 
@@ -182,7 +185,7 @@ def calls_table(dtype: torch.dtype) -> None:
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "FLASH_ATTENTION_CACHE_DIR": folder}
         for what in ("first call ever", *["first call of a later process"] * 5):
-            command = [sys.executable, "-c", FIRST_CALL]
+            command = [sys.executable, "-c", FIRST_CALL, str(dtype).removeprefix("torch.")]
             run = subprocess.run(command, env=environment, capture_output=True, text=True)
             print(f"{what}: {run.stdout.strip() or run.stderr[-300:]}", flush=True)
 

@@ -25,7 +25,7 @@ failed=()
 if command -v compute-sanitizer >/dev/null; then
   sample="any_lengths and 200-113 or rows_behind or pages and 17 or pages_of and 256-16"
   sample+=" or a_bias_may and odd_gaps or varlen_dropout or many_sequences and 24"
-  sample+=" or unlike and 128-64"
+  sample+=" or unlike and 128-64 or many_causal and 128-8"
   for tool in memcheck racecheck; do
     echo "== compute-sanitizer, $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q \

@@ -321,7 +321,7 @@ struct ForwardArgs {
   // "": the best
   const char* backend = nullptr;
   void* stream = nullptr;  // a CUDA stream; ignored on the CPU
-  // On a GPU, for a KV cache with rotary embedding or splits: see fa_attention_args.
+  // Memory on a GPU, which some calls need and others are faster with: see fa_attention_args.
   void* (*allocate_workspace)(void* context, std::int64_t bytes) = nullptr;
   void* workspace_context = nullptr;
 };

@@ -133,8 +133,9 @@ typedef struct fa_attention_args {
   const char* backend;
   void* stream; /* a CUDA stream; ignored on the CPU */
   /* On a GPU: gives `bytes` of memory on q's device, aligned to 64 bytes, that stays until what the
-   * call enqueues on `stream` is done; NULL where there is none. Asked at most once, where a call
-   * needs memory: a KV cache with rotary embedding or splits. */
+   * call enqueues on `stream` is done, of a captured graph as long as it may be replayed; NULL
+   * where there is none. Asked at most once. A KV cache with rotary embedding needs memory, and so
+   * do splits; for 8 bytes, varlen calls and causal ones with many tiles are faster. */
   void* (*allocate_workspace)(void* context, int64_t bytes);
   void* workspace_context;
 } fa_attention_args;

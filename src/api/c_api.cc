@@ -316,16 +316,16 @@ Status run_on_device(const core::Plan& plan, const AttentionArgs& args,
                      const fa_attention_args& c_args) {
   const int64_t bytes = plan.workspace_bytes(0);
   void* scratch = nullptr;
-  const bool may_go_without = plan.workspace_is_optional() && c_args.allocate_workspace == nullptr;
-  if (bytes > 0 && !may_go_without) {
-    if (c_args.allocate_workspace == nullptr) {
-      return core::unsupported("allocate_workspace: is NULL, the call needs ", bytes,
-                               " bytes of memory on ", core::name(args.q.device),
-                               "; PyTorch lends its allocator from 2.10 on");
-    }
-    scratch = c_args.allocate_workspace(c_args.workspace_context, bytes);
-    if (scratch == nullptr) return no_workspace(bytes);
+  const bool is_needed = bytes > 0 && !plan.workspace_is_optional();
+  if (is_needed && c_args.allocate_workspace == nullptr) {
+    return core::unsupported("allocate_workspace: is NULL, the call needs ", bytes,
+                             " bytes of memory on ", core::name(args.q.device),
+                             "; PyTorch lends its allocator from 2.10 on");
   }
+  if (bytes > 0 && c_args.allocate_workspace != nullptr) {
+    scratch = c_args.allocate_workspace(c_args.workspace_context, bytes);
+  }
+  if (is_needed && scratch == nullptr) return no_workspace(bytes);
   return plan.run(args, scratch, {c_args.stream, nullptr});
 }
 

@@ -43,8 +43,7 @@ unsigned long long next_ticket() {
 
 // Whatever `counter` holds: the ticket tells the kernel whether it is a count of this launch.
 void set_counter(void* counter, int64_t blocks, ScheduleArgs& to) {
-  constexpr int64_t kMaxCount = int64_t{1} << (kTileBits - 1);
-  if (blocks > kMaxCount) return;
+  if (blocks > kMaxCountedTiles) return;
   to.counter = static_cast<unsigned long long*>(counter);
   to.ticket = next_ticket();
 }
@@ -122,7 +121,11 @@ Status ForwardLaunch::run(const LoadedKernel& kernel, const TensorView& q,
 std::string ForwardLaunch::describe() const {
   const Result<const LoadedKernel*> kernel = counting_.get(device_index_);
   if (!kernel.ok()) return kernel.status().message();
-  return describe_kernel(*kernel.value());
+  std::string text = describe_kernel(*kernel.value());
+  if (counting_.id() != kernel_.id()) {
+    text += "; without memory for a counter of tiles " + to_string(kernel_.id());
+  }
+  return text;
 }
 
 }  // namespace fa::cuda

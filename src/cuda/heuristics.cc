@@ -467,22 +467,37 @@ int heads_per_group(const AttentionProblem& problem) {
   return problem.band.unbounded() ? 1 : static_cast<int>(problem.num_heads);
 }
 
-// Pairs cost the same, but the last round of them has idle blocks. On an H100, causal, by turns:
-// 512 to 4096 tokens of head_dim 64 0 to 3% faster than pairs, of 128 2 to 4%, of 256 3% slower at
-// 512 tokens and 1 to 3% faster from 1024 on. Few tiles are not worth asking the framework for
-// memory.
+// Pairs cost the same, but the last round of them has idle blocks. On an H100, causal, by turns,
+// 16384 tokens in sequences of 512 to 16384, 2048 / head_dim heads: tiles that are counted take 0
+// to 4% less time at head_dim 64, from 4% less to 1% more (16384 tokens) at 128, and at 256 3% more
+// at 512 tokens and 1 to 3% less beyond. What is unlike those stays with pairs: few tiles, not
+// worth asking the framework for memory; heads of few tiles, where a team looks through entries for
+// its next one; and so many heads that few teams share the keys of each, which pairs take a head
+// after the other.
 KernelId choose_counting(const AttentionProblem& problem, const KernelId& kernel,
                          const DeviceProperties& properties) {
-  constexpr int64_t kManyTiles = 2;  // for each team
+  constexpr int64_t kTilesOfTeam = 2, kTilesOfHead = 4;
+  constexpr int64_t kMaxEntriesAtOnce = 4;
+  constexpr int64_t kTeamsOfHead = 8;         // that share its keys
+  constexpr int64_t kKeysInCache = 24 << 20;  // bytes of an entry, of 50 MB
   const KernelSpec& spec = kernel.spec;
   const bool is_causal = problem.band.left < 0 && problem.band.right >= 0;
-  const bool has_kernel = spec.score == Score::kPlain && spec.loader == Loader::kVector &&
+  const bool has_kernel = kernel.family == Family::kForward90 && spec.score == Score::kPlain &&
+                          spec.loader == Loader::kVector &&
                           !lacks_columns(problem.head_dim, spec.head_dim) &&
                           !lacks_columns(problem.head_dim_v, spec.head_dim_v);
+  const int64_t teams = num_teams(spec, properties), tiles = num_tiles(problem, spec);
+  const bool has_tiles = tiles > kTilesOfTeam * teams && tiles <= kMaxCountedTiles &&
+                         tiles_m(problem, spec) >= kTilesOfHead &&
+                         tiles * kMaxEntriesAtOnce >= problem.batch * teams;
+  const int64_t key_bytes =
+      2 * problem.num_heads_kv * problem.seqlen_k * (problem.head_dim + problem.head_dim_v);
+  const bool shares_keys =
+      problem.num_heads_kv * kTeamsOfHead <= teams || key_bytes <= kKeysInCache;
   const bool is_long = spec.head_dim <= 128 || problem.seqlen_k >= 1024;
   KernelId counting = kernel;
-  if (kernel.family == Family::kForward90 && problem.layout == core::Layout::kDense && has_kernel &&
-      is_causal && is_long && num_tiles(problem, spec) > kManyTiles * num_teams(spec, properties)) {
+  if (problem.layout == core::Layout::kDense && is_causal && has_kernel && has_tiles &&
+      shares_keys && is_long) {
     counting.spec.varlen = true;
   }
   return counting;

@@ -36,6 +36,7 @@ core::Result<const LoadedKernel*> load_kernel(int index, const KernelId& id);
 class LazyKernel {
  public:
   explicit LazyKernel(const KernelId& id) : id_(id) {}
+  const KernelId& id() const { return id_; }
   const KernelSpec& spec() const { return id_.spec; }
   core::Result<const LoadedKernel*> get(int device_index) const {
     if (const LoadedKernel* known = kernel_.load(std::memory_order_acquire)) return known;

@@ -477,8 +477,8 @@ TEST_F(CudaEmulation, blocks_take_tile_after_tile) {
 // Dense tiles that cost unlike much: by a counter where there is memory for it, else by pairs.
 TEST_F(CudaEmulation, causal_tiles_are_the_same_by_either_schedule) {
   for (const int64_t head_dim : {64, 128}) {
-    Varlen it({.lengths_q = {300},
-               .lengths_k = {300},
+    Varlen it({.lengths_q = {400},
+               .lengths_k = {400},
                .head_dim = head_dim,
                .num_heads = 4,
                .causal = true});

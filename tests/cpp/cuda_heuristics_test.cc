@@ -231,6 +231,24 @@ TEST(CudaHeuristics, many_causal_tiles_are_counted) {
   other.batch = 1;
   other.seqlen_q = other.total_q = 2048;  // 256 tiles for 132 multiprocessors
   EXPECT_FALSE(counted(other));
+  other = causal;
+  other.num_heads = 128;
+  EXPECT_TRUE(counted(other));  // 8 heads a key head
+  other.num_heads_kv = 128;     // 268 MB of keys and values at once
+  EXPECT_FALSE(counted(other));
+  other.seqlen_k = 256;  // 17 MB
+  EXPECT_TRUE(counted(other));
+  other = causal;
+  other.batch = 1000;
+  other.seqlen_q = 384;  // three tiles a head
+  EXPECT_FALSE(counted(other));
+  other.seqlen_q = 512;
+  EXPECT_TRUE(counted(other));
+  other.num_heads = other.num_heads_kv = 2;  // 17 entries' tiles at once
+  EXPECT_FALSE(counted(other));
+  other.num_heads = other.num_heads_kv = 16;
+  other.batch = 10000;  // 640000 tiles
+  EXPECT_FALSE(counted(other));
 }
 
 TEST(CudaHeuristics, few_queries_pack_the_heads_of_a_group) {

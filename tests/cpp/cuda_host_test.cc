@@ -422,6 +422,10 @@ TEST_F(CudaHost, tiles_are_counted_only_where_they_do_not_all_run_at_once) {
         EXPECT_EQ(lent, expected) << total;
         EXPECT_EQ(record().grid, total == 64 ? 12u : 132u);
       }
+      // A block for each tile where there is nothing to lend.
+      call.args.allocate_workspace = [](void*, int64_t) -> void* { return nullptr; };
+      EXPECT_EQ(call.run(), FA_OK) << message();
+      EXPECT_GE(record().grid, total == 64 ? 12u : 1024u);
     }
   });
 }

@@ -104,6 +104,7 @@ struct ScheduleArgs {
   unsigned long long ticket;  // low kTileBits: 0; of one launch alone
 };
 inline constexpr int kTileBits = 20;
+inline constexpr long long kMaxCountedTiles = 1ll << (kTileBits - 1);  // teams count beyond them
 
 // How many blocks share the keys of a tile, and where they leave their results for combine_splits:
 // row r of split s, normalised, at o[(s * num_rows + r) * row_elements], and its log-sum-exp at

@@ -29,8 +29,8 @@ struct KernelSpec {
   // for all of them, and blocks may share the keys of a tile among them (SplitArgs).
   bool packs = false;
   int stages = 1;  // forward_sm80: of k and v in shared memory
-  // forward_sm90: sequences may have lengths of their own, and whichever team is free takes the
-  // next tile; the others ask at run time.
+  // forward_sm90: whichever team is free takes the next tile, and sequences may have lengths of
+  // their own; other features are asked for at run time.
   bool varlen = false;
   // forward_sm90: teams of warpgroups in a block, each with tiles and stages of its own.
   int teams = 1;

@@ -54,7 +54,8 @@ struct SequenceOrder {
   }
 };
 
-// Of a launch whose sequences are as long as each other, or that has a team per tile.
+// Of a launch whose sequences are as long as each other: a team takes every num_teams()-th tile, or
+// pair of tiles.
 template <KernelSpec kSpec>
 class FixedSchedule {
  public:
