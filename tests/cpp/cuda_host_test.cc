@@ -430,6 +430,35 @@ TEST_F(CudaHost, tiles_are_counted_only_where_they_do_not_all_run_at_once) {
   });
 }
 
+TEST_F(CudaHost, dense_causal_calls_are_told_of_memory_that_they_may_go_without) {
+  on_a_gpu([] {
+    static int64_t lent;
+    Call call;
+    for (Tensor* tensor : {&call.q, &call.k, &call.v, &call.out}) {
+      *tensor = Tensor(tensor->c.data, {8, 4096, 4, 64});
+    }
+    call.args.causal = 1;
+    call.args.allocate_workspace = [](void*, int64_t bytes) -> void* {
+      lent += bytes;
+      return at(7 << 16);
+    };
+    for (const bool known : {false, true}) {
+      lent = 0;
+      EXPECT_EQ(known ? call.run_known() : call.run() == FA_OK, true) << message();
+      EXPECT_EQ(lent, 8);
+      EXPECT_EQ(record().grid, 132u);
+    }
+    call.args.allocate_workspace = nullptr;
+    for (const bool known : {false, true}) {
+      EXPECT_EQ(known ? call.run_known() : call.run() == FA_OK, true) << message();
+    }
+    char text[4000];
+    ASSERT_EQ(fa_explain(call.get(), text, sizeof(text), nullptr), FA_OK) << message();
+    EXPECT_TRUE(contains(text, " varlen, ")) << text;
+    EXPECT_TRUE(contains(text, "; without memory for a counter of tiles forward_sm90")) << text;
+  });
+}
+
 TEST_F(CudaHost, byte_offsets_count) {
   on_a_gpu([] {
     Call call;
