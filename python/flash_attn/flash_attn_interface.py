@@ -88,7 +88,8 @@ _wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 
 def maybe_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     """x, copied if its last dimension is not contiguous."""
-    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+    is_strided = isinstance(x, torch.Tensor) and x.dim() > 0 and x.stride(-1) != 1
+    return x.contiguous() if is_strided else x
 
 
 def _only_sink(learnable_sink: torch.Tensor | None, s_aux: torch.Tensor) -> torch.Tensor:
@@ -555,7 +556,7 @@ def flash_attn_with_kvcache(
         (k_cache, v_cache),
         (
             cache_seqlens,
-            cache_batch_idx,
+            maybe_contiguous(cache_batch_idx),
             cache_leftpad,
             maybe_contiguous(k),
             maybe_contiguous(v),
@@ -575,7 +576,7 @@ def flash_attn_with_kvcache(
             alibi_slopes,
             False,
             False,
-            block_table=block_table,
+            block_table=maybe_contiguous(block_table),
         ),
         return_softmax_lse,
     )

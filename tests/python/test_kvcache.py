@@ -337,6 +337,19 @@ def test_a_row_or_a_shared_prefix_may_be_read_twice():
     assert torch.allclose(out, flash_attn_func(q, keys, values), atol=1e-6)
 
 
+def test_rows_and_pages_may_be_strided():
+    """As the original takes them."""
+    q, k, v = normal(2, 1, 2, 16), normal(6, 16, 2, 16, seed=1), normal(6, 16, 2, 16, seed=2)
+    rows, table = lengths(3, 9, 1, 9), lengths(3, 0, 1, 5).view(2, 2)
+    for given, strided in (
+        ({"cache_batch_idx": rows[::2].clone()}, {"cache_batch_idx": rows[::2]}),
+        ({"block_table": table}, {"block_table": table.t().contiguous().t()}),
+    ):
+        expected = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths(16, 9), **given)
+        out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths(16, 9), **strided)
+        assert torch.equal(out, expected)
+
+
 def test_a_page_that_is_not_in_use_may_be_anything():
     pages = normal(2, 6, 8, 2, 16)
     q = normal(1, 1, 4, 16)
