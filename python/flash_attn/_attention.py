@@ -175,7 +175,8 @@ def _through_operator(
 
     if packing is not SEPARATE:
         check_packed(packing, tensors, options)
-    if options.block_table is not None and _is_grad_enabled() and _needs_gradient(*tensors):
+    wants_gradient = _is_grad_enabled() and _needs_gradient(*tensors, attn_bias, learnable_sink)
+    if options.block_table is not None and wants_gradient:
         raise NotImplementedError(_NO_GRADIENT_THROUGH_PAGES)
     results = _operators.attention(tensors, attn_bias, learnable_sink, options)
     return results if options.return_attn_probs else results[0]

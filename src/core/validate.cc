@@ -336,7 +336,7 @@ Status check_bias_shape(Named bias, const AttentionProblem& problem) {
   const std::array<int64_t, kRank> target{problem.batch, problem.num_heads, problem.seqlen_q,
                                           problem.seqlen_k};
   const int ndim = bias.view.ndim;
-  bool fits = ndim >= 1 && ndim <= kRank;
+  bool fits = ndim <= kRank;
   for (int d = 0; fits && d < ndim; ++d) {
     const int64_t size = bias.view.shape[d];
     fits = size == 1 || size == target[kRank - ndim + d];

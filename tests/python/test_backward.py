@@ -105,7 +105,7 @@ def test_dense_gradients_meet_the_oracle(case, dtype):
     check(flash_attn_func, dict(zip("qkv", tensors(dtype=dtype))), **CASES[case])
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 65, 97), (1, 1, 1, 97), (2, 1, 65, 97), (65, 97)])
+@pytest.mark.parametrize("shape", [(2, 4, 65, 97), (1, 1, 1, 97), (2, 1, 65, 97), (65, 97), ()])
 def test_attn_bias_has_a_gradient(shape):
     inputs = dict(zip("qkv", tensors())) | {"attn_bias": torch.randn(shape)}
     check(flash_attn_func, inputs)

@@ -105,7 +105,6 @@ DENSE = {
     "alibi_apart": (dense(alibi_slopes=torch.zeros(8)[::2]), "alibi_slopes"),
     "bias_not_broadcastable": (dense(attn_bias=torch.zeros(2, 4, 8, 11)), "attn_bias"),
     "bias_rank_5": (dense(attn_bias=torch.zeros(1, 2, 4, 8, 12)), "attn_bias"),
-    "bias_rank_0": (dense(attn_bias=torch.zeros(())), "attn_bias"),
     "bias_float64": (dense(attn_bias=torch.zeros(8, 12).double()), "attn_bias"),
     "bias_int64": (dense(attn_bias=torch.zeros(8, 12).long()), "attn_bias"),
     "bias_other_16_bits": (dense(attn_bias=torch.zeros(8, 12).half()), "attn_bias"),

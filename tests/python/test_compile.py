@@ -311,6 +311,9 @@ def test_a_gradient_through_pages_is_refused():
         call(q, k, v, block_table=table)
     with torch.no_grad():
         assert call(q, k, v, block_table=table).shape == q.shape
+    sink = torch.randn(4, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="block_table"):
+        call(q.detach(), k, v, block_table=table, learnable_sink=sink)
 
 
 def test_bad_arguments_are_named():

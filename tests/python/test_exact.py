@@ -63,7 +63,9 @@ def test_nan_past_a_sequence_is_never_read(name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths_q,seqlen_k", [([30, 10], 30), ([3, 1], 700)], ids=str)
+@pytest.mark.parametrize(
+    "lengths_q,seqlen_k", [([30, 10], 30), ([3, 1], 700), ([0, 0], 30)], ids=str
+)
 def test_tokens_behind_the_last_sequence_are_not_read_and_give_nothing(lengths_q, seqlen_k, dtype):
     """Their rows of out are 0, and their lse +inf."""
     used = sum(lengths_q)

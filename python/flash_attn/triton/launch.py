@@ -141,7 +141,8 @@ def _forward_plan(request: Request) -> Plan:
         append = _append_plan(call, cache)
         if _turns(cache):
             call = call._replace(q=_rotated(call.q))
-    attend = _attend_plan(call, cache) if call.batch and call.q.numel() else None
+    has_rows = call.batch and call.longest_q and call.q.numel()
+    attend = _attend_plan(call, cache) if has_rows else None
 
     def plan(request: Request) -> None:
         call, cache, _, _ = request
