@@ -11,6 +11,7 @@ published tables have it. Prints TFLOP/s (4 B H Sq Sk D, half when causal) and o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import math
@@ -82,17 +83,43 @@ def medians(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, 
     }
 
 
-def ours_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    offsets: torch.Tensor,
-    longest: int,
-    causal: bool,
-    backend: str,
-) -> None:
+def summary(ratios: list[float]) -> str:
+    return f"geometric mean {statistics.geometric_mean(ratios):.3f}, least {min(ratios):.3f}"
+
+
+@dataclasses.dataclass
+class Packed:
+    """Sequences end to end, and where they start."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    offsets: torch.Tensor
+    longest: int
+
+
+def pack(lengths: list[int], *tensors: torch.Tensor) -> Packed:
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return Packed(*(x[: sum(lengths)] for x in tensors), offsets.cuda(), max(lengths))
+
+
+def ours_varlen(packed: Packed, causal: bool, backend: str) -> None:
     os.environ["FLASH_ATTENTION_BACKEND"] = backend
-    flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, causal=causal)
+    it = packed
+    flash_attn_varlen_func(
+        it.q, it.k, it.v, it.offsets, it.offsets, it.longest, it.longest, causal=causal
+    )
+
+
+def peer_varlen(packed: Packed, causal: bool) -> None:
+    """FlashAttention-2 through PyTorch, from 2.11 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    it = packed
+    window = (-1, 0 if causal else -1)
+    varlen_attn(
+        it.q, it.k, it.v, it.offsets, it.offsets, it.longest, it.longest, window_size=window
+    )
 
 
 def random_lengths(mean: int, seed: int) -> list[int]:
@@ -101,38 +128,63 @@ def random_lengths(mean: int, seed: int) -> list[int]:
     return [generator.randint(mean // 2, mean * 3 // 2) for _ in range(TOKENS // mean)]
 
 
-def varlen_table(backend: str, dtype: torch.dtype) -> None:
+def varlen_speeds(
+    head_dim: int, mean: int, causal: bool, backend: str, dtype: torch.dtype
+) -> dict[str, float]:
     """TFLOP/s of dense sequences, of varlen ones as long as those, and of three draws of random
-    lengths with that mean; and the ratio of the last to the first."""
-    print(f"{backend}, varlen\n   D  mean causal       dense       equal      random   ratio")
+    lengths with that mean; FlashAttention-2's of the first and the last."""
+    heads = 2048 // head_dim
+    tensors = [torch.randn(2 * TOKENS, heads, head_dim, device="cuda").to(dtype) for _ in range(3)]
+    equal = [mean] * (TOKENS // mean)
+    dense = [x[:TOKENS].view(-1, mean, heads, head_dim) for x in tensors]
+    heads_first = [x.transpose(1, 2).contiguous() for x in dense]
+    kinds: dict[str, list[tuple[list[int], Callable[[], None]]]] = {
+        "dense": [(equal, functools.partial(ours, *dense, causal, backend))],
+        "equal": [(equal, functools.partial(ours_varlen, pack(equal, *tensors), causal, backend))],
+        "random": [],
+        "fa2 dense": [(equal, functools.partial(peer, *heads_first, causal, PEERS["fa2"]))],
+        "fa2 random": [],
+    }
+    for lengths in (random_lengths(mean, seed) for seed in range(3)):
+        packed = pack(lengths, *tensors)
+        kinds["random"].append((lengths, functools.partial(ours_varlen, packed, causal, backend)))
+        kinds["fa2 random"].append((lengths, functools.partial(peer_varlen, packed, causal)))
+    calls = {f"{kind} {i}": it for kind, draws in kinds.items() for i, it in enumerate(draws)}
+    times = medians({name: function for name, (_, function) in calls.items()}, 7)
+    flops = 2048 * (2 if causal else 4)  # per pair of tokens
+    speeds = {
+        name: flops * sum(n * n for n in lengths) / times[name] / 1e9
+        for name, (lengths, _) in calls.items()
+    }
+    return {
+        kind: statistics.mean(speeds[f"{kind} {i}"] for i in range(len(draws)))
+        for kind, draws in kinds.items()
+    }
+
+
+def varlen_table(backend: str, dtype: torch.dtype) -> None:
+    """varlen_speeds, and the ratios of random lengths to dense ones for both."""
+    print(f"{backend}, varlen")
+    columns = ("dense", "equal", "random", "fa2 dense", "fa2 random")
+    print("   D  mean causal " + "".join(f"{name:>12}" for name in columns) + "   ratios")
+    ratios: dict[str, list[float]] = {backend: [], "fa2": []}
     for head_dim in (64, 128, 256):
         for mean in (512, 1024, 4096):
             for causal in (False, True):
-                heads = 2048 // head_dim
-                q, k, v = (
-                    torch.randn(2 * TOKENS, heads, head_dim, device="cuda").to(dtype)
-                    for _ in range(3)
-                )
-                draws = [[mean] * (TOKENS // mean), *(random_lengths(mean, i) for i in range(3))]
-                shape = (-1, mean, heads, head_dim)
-                dense = [x[:TOKENS].view(shape) for x in (q, k, v)]
-                functions = {"dense": functools.partial(ours, *dense, causal, backend)}
-                for i, lengths in enumerate(draws):
-                    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-                    packed = [x[: sum(lengths)] for x in (q, k, v)]
-                    functions[str(i)] = functools.partial(
-                        ours_varlen, *packed, cu.cuda(), max(lengths), causal, backend
-                    )
-                times = medians(functions, 7)
-                pairs = {"dense": draws[0], **{str(i): it for i, it in enumerate(draws)}}
-                speeds = {
-                    name: sum(n * n for n in lengths) * 2048 * (2 if causal else 4) / times[name]
-                    for name, lengths in pairs.items()
+                speeds = varlen_speeds(head_dim, mean, causal, backend, dtype)
+                found = {
+                    backend: speeds["random"] / speeds["dense"],
+                    "fa2": speeds["fa2 random"] / speeds["fa2 dense"],
                 }
-                found = statistics.mean(speeds[str(i)] for i in (1, 2, 3))
                 line = f"{head_dim:>4} {mean:>5} {causal!s:>6} "
-                line += "".join(f"{x / 1e9:>12.0f}" for x in (speeds["dense"], speeds["0"], found))
-                print(f"{line}  {found / speeds['dense']:.3f}", flush=True)
+                line += "".join(f"{speeds[name]:>12.0f}" for name in columns)
+                print(line + "".join(f"  {it:.3f}" for it in found.values()), flush=True)
+                for name, ratio in found.items():
+                    if not math.isnan(ratio):
+                        ratios[name].append(ratio)
+    for name, values in ratios.items():
+        if values:
+            print(f"{name}, random over dense: {summary(values)}")
 
 
 def grouped_table(backend: str, dtype: torch.dtype, quick: bool) -> None:
@@ -159,7 +211,7 @@ def grouped_table(backend: str, dtype: torch.dtype, quick: bool) -> None:
                 found = [times["all"] / times[name] for name in functions if name != "all"]
                 print(line + "".join(f"  {ratio:.3f}" for ratio in found), flush=True)
                 ratios += found
-    print(f"geometric mean {statistics.geometric_mean(ratios):.3f}, least {min(ratios):.3f}")
+    print(summary(ratios))
 
 
 # A process's first call: after PyTorch's own start, until its result is there.
@@ -277,10 +329,7 @@ def dense_table(backends: list[str], dtype: torch.dtype, quick: bool) -> None:
                         line += f"  {ratio:.2f}"
                 print(line, flush=True)
     for (backend, name), values in ratios.items():
-        print(
-            f"{backend} over {name}: geometric mean {statistics.geometric_mean(values):.3f},"
-            f" least {min(values):.2f}"
-        )
+        print(f"{backend} over {name}: {summary(values)}")
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ ForwardArgs forward_args(const AttentionProblem& problem, const AttentionArgs& a
   to.schedule.num_tiles_m = static_cast<int>(tiles_m(problem, spec));
   to.schedule.num_heads = static_cast<int>(spec.packs ? problem.num_heads_kv : problem.num_heads);
   to.schedule.heads_per_group = spec.packs ? 1 : heads_per_group(problem);
+  to.schedule.log2_heads_together = log2_heads_together(problem);
   to.splits.num_splits = 1;
   set_lse(args, problem, to);
   set_sequences(args, problem, to);

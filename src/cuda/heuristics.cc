@@ -1,6 +1,7 @@
 #include "cuda/heuristics.h"
 
 #include <algorithm>
+#include <bit>
 #include <iterator>
 #include <numeric>
 
@@ -467,19 +468,25 @@ int heads_per_group(const AttentionProblem& problem) {
   return problem.band.unbounded() ? 1 : static_cast<int>(problem.num_heads);
 }
 
+// On an H100, varlen, head_dim 128, as many heads of keys as of queries, TFLOP/s with all heads
+// together, 4, 8 and 16: 128 heads, 8192 tokens 383, 680, 692 and 614, causal 375, 627, 617 and
+// 587; 64 heads, 4096 tokens 408, 677, 673 and 658, causal 554, 632, 634 and 630; 16 heads as
+// before.
+int log2_heads_together(const AttentionProblem& problem) {
+  constexpr int64_t kMost = 8;
+  return std::countr_zero(static_cast<uint64_t>(std::gcd(problem.num_heads, kMost)));
+}
+
 // Pairs cost the same, but the last round of them has idle blocks. On an H100, causal, by turns,
 // 16384 tokens in sequences of 512 to 16384, 2048 / head_dim heads: tiles that are counted take 0
 // to 4% less time at head_dim 64, from 4% less to 1% more (16384 tokens) at 128, and at 256 3% more
-// at 512 tokens and 1 to 3% less beyond. What is unlike those stays with pairs: few tiles, not
-// worth asking the framework for memory; heads of few tiles, where a team looks through entries for
-// its next one; and so many heads that few teams share the keys of each, which pairs take a head
-// after the other.
+// at 512 tokens and 1 to 3% less beyond; 16 to 128 heads of 128, 1024 to 16384 tokens 1 to 3% less.
+// What is unlike those stays with pairs: few tiles, not worth asking the framework for memory, and
+// heads of few tiles, where a team looks through entries for its next one.
 KernelId choose_counting(const AttentionProblem& problem, const KernelId& kernel,
                          const DeviceProperties& properties) {
   constexpr int64_t kTilesOfTeam = 2, kTilesOfHead = 4;
   constexpr int64_t kMaxEntriesAtOnce = 4;
-  constexpr int64_t kTeamsOfHead = 8;         // that share its keys
-  constexpr int64_t kKeysInCache = 24 << 20;  // bytes of an entry, of 50 MB
   const KernelSpec& spec = kernel.spec;
   const bool is_causal = problem.band.left < 0 && problem.band.right >= 0;
   const bool has_kernel = kernel.family == Family::kForward90 && spec.score == Score::kPlain &&
@@ -490,14 +497,9 @@ KernelId choose_counting(const AttentionProblem& problem, const KernelId& kernel
   const bool has_tiles = tiles > kTilesOfTeam * teams && tiles <= kMaxCountedTiles &&
                          tiles_m(problem, spec) >= kTilesOfHead &&
                          tiles * kMaxEntriesAtOnce >= problem.batch * teams;
-  const int64_t key_bytes =
-      2 * problem.num_heads_kv * problem.seqlen_k * (problem.head_dim + problem.head_dim_v);
-  const bool shares_keys =
-      problem.num_heads_kv * kTeamsOfHead <= teams || key_bytes <= kKeysInCache;
   const bool is_long = spec.head_dim <= 128 || problem.seqlen_k >= 1024;
   KernelId counting = kernel;
-  if (problem.layout == core::Layout::kDense && is_causal && has_kernel && has_tiles &&
-      shares_keys && is_long) {
+  if (problem.layout == core::Layout::kDense && is_causal && has_kernel && has_tiles && is_long) {
     counting.spec.varlen = true;
   }
   return counting;

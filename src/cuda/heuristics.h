@@ -63,6 +63,9 @@ int64_t num_teams(const KernelSpec& spec, const DeviceProperties& properties);
 // Heads whose blocks take turns; see ScheduleArgs. Divides num_heads.
 int heads_per_group(const core::AttentionProblem& problem);
 
+// forward_sm90: heads whose numbered tiles go together, as a power of two; see ScheduleArgs.
+int log2_heads_together(const core::AttentionProblem& problem);
+
 // The kernel that serves as `kernel` does and numbers the tiles, of which free teams take the next,
 // where that is faster: it wants memory for its counter. Otherwise `kernel`.
 KernelId choose_counting(const core::AttentionProblem& problem, const KernelId& kernel,

@@ -474,6 +474,18 @@ TEST_F(CudaEmulation, blocks_take_tile_after_tile) {
   EXPECT_EQ(emulated::num_copies() - before, boxes(of));
 }
 
+// Numbers of heads that 8 divides, 4, and none but 1.
+TEST_F(CudaEmulation, heads_that_go_together_leave_no_tile_out) {
+  for (const int64_t num_heads : {16, 12, 3}) {
+    const Case of{.lengths_q = {130, 40, 300}, .lengths_k = {70, 20, 90}, .num_heads = num_heads};
+    Varlen it(of);
+    const int64_t before = emulated::num_copies();
+    it.run();
+    EXPECT_EQ(emulated::num_copies() - before, boxes(of)) << num_heads;
+    EXPECT_LT(it.error(), 2.0) << num_heads;
+  }
+}
+
 // Dense tiles that cost unlike much: by a counter where there is memory for it, else by pairs.
 TEST_F(CudaEmulation, causal_tiles_are_the_same_by_either_schedule) {
   for (const int64_t head_dim : {64, 128}) {

@@ -232,11 +232,7 @@ TEST(CudaHeuristics, many_causal_tiles_are_counted) {
   other.seqlen_q = other.total_q = 2048;  // 256 tiles for 132 multiprocessors
   EXPECT_FALSE(counted(other));
   other = causal;
-  other.num_heads = 128;
-  EXPECT_TRUE(counted(other));  // 8 heads a key head
-  other.num_heads_kv = 128;     // 268 MB of keys and values at once
-  EXPECT_FALSE(counted(other));
-  other.seqlen_k = 256;  // 17 MB
+  other.num_heads = other.num_heads_kv = 128;
   EXPECT_TRUE(counted(other));
   other = causal;
   other.batch = 1000;
@@ -249,6 +245,15 @@ TEST(CudaHeuristics, many_causal_tiles_are_counted) {
   other.num_heads = other.num_heads_kv = 16;
   other.batch = 10000;  // 640000 tiles
   EXPECT_FALSE(counted(other));
+}
+
+TEST(CudaHeuristics, heads_that_go_together_divide_the_heads) {
+  for (const auto& [num_heads, together] :
+       {std::pair<int64_t, int>{1, 1}, {7, 1}, {8, 8}, {12, 4}, {14, 2}, {40, 8}, {128, 8}}) {
+    core::AttentionProblem problem;
+    problem.num_heads = num_heads;
+    EXPECT_EQ(1 << log2_heads_together(problem), together) << num_heads;
+  }
 }
 
 TEST(CudaHeuristics, few_queries_pack_the_heads_of_a_group) {

@@ -96,7 +96,7 @@ struct ScheduleArgs {
   int num_blocks;  // that a launch of one block per tile (or pair) has; forward_sm90 may have
                    // fewer, each of which takes every gridDim-th
   int paired;      // forward_sm90: a block takes a head's i-th tile and its i-th from the end
-  int padding;
+  int log2_heads_together;  // forward_sm90, varlen: in place of heads_per_group; divides num_heads
   // forward_sm90, varlen, not null: blocks take tile after tile; how many have been taken, in the
   // low kTileBits, beside what says that it counts for this launch. Anything else at the start,
   // and 0 at the end: a memset before each launch took 4 to 8 us on an H100.

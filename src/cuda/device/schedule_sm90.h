@@ -84,8 +84,9 @@ class FixedSchedule {
   bool is_second_ = false;
 };
 
-// Of varlen sequences, and of others whose tiles cost unlike much: tiles are numbered, each
-// sequence's last rows and heads first, and whichever team is free takes the next.
+// Of varlen sequences, and of others whose tiles cost unlike much: tiles are numbered, and
+// whichever team is free takes the next. A few heads of a sequence go together, for the teams to
+// share their keys in L2, last rows first.
 template <KernelSpec kSpec>
 class DynamicSchedule {
  public:
@@ -101,7 +102,11 @@ class DynamicSchedule {
       const int tiles = (sequence_of(args_, batch).seqlen_q + kSpec.tile_m - 1) / kSpec.tile_m;
       const int within = index - first_;
       if (within < tiles * args_.shape.num_heads) {
-        work = {batch, within % args_.shape.num_heads, tiles - 1 - within / args_.shape.num_heads};
+        const int log2 = args_.schedule.log2_heads_together;
+        const unsigned run = static_cast<unsigned>(within) >> log2;  // a tile of these heads
+        const unsigned group = run / static_cast<unsigned>(tiles);
+        const int tile = static_cast<int>(run - group * tiles);
+        work = {batch, within - static_cast<int>((run - group) << log2), tiles - 1 - tile};
         return true;
       }
       first_ += tiles * args_.shape.num_heads;
