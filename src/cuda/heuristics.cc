@@ -1,7 +1,6 @@
 #include "cuda/heuristics.h"
 
 #include <algorithm>
-#include <bit>
 #include <iterator>
 #include <numeric>
 
@@ -470,11 +469,20 @@ int heads_per_group(const AttentionProblem& problem) {
 
 // On an H100, varlen, head_dim 128, as many heads of keys as of queries, TFLOP/s with all heads
 // together, 4, 8 and 16: 128 heads, 8192 tokens 383, 680, 692 and 614, causal 375, 627, 617 and
-// 587; 64 heads, 4096 tokens 408, 677, 673 and 658, causal 554, 632, 634 and 630; 16 heads as
-// before.
+// 587; 64 heads, 4096 tokens 408, 677, 673 and 658, causal 554, 632, 634 and 630. Where the keys
+// and values of more heads fit into L2, more long tiles come before short ones: causal, head_dim
+// 64, 512, 1024 and 2048 tokens 275, 349 and 397 with 8 of 32 heads, 285, 360 and 416 with all.
 int log2_heads_together(const AttentionProblem& problem) {
-  constexpr int64_t kMost = 8;
-  return std::countr_zero(static_cast<uint64_t>(std::gcd(problem.num_heads, kMost)));
+  constexpr int64_t kLeast = 8;
+  constexpr int64_t kBytesInL2 = 16 << 20;  // of 50
+  const int64_t bytes_of_head = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v) *
+                                problem.num_heads_kv / problem.num_heads;
+  int log2 = 0;
+  for (int64_t heads = 2; problem.num_heads % heads == 0; heads *= 2) {
+    if (heads > kLeast && heads * bytes_of_head > kBytesInL2) break;
+    ++log2;
+  }
+  return log2;
 }
 
 // Pairs cost the same, but the last round of them has idle blocks. On an H100, causal, by turns,

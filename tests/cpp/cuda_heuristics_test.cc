@@ -248,12 +248,18 @@ TEST(CudaHeuristics, many_causal_tiles_are_counted) {
 }
 
 TEST(CudaHeuristics, heads_that_go_together_divide_the_heads) {
-  for (const auto& [num_heads, together] :
-       {std::pair<int64_t, int>{1, 1}, {7, 1}, {8, 8}, {12, 4}, {14, 2}, {40, 8}, {128, 8}}) {
-    core::AttentionProblem problem;
-    problem.num_heads = num_heads;
-    EXPECT_EQ(1 << log2_heads_together(problem), together) << num_heads;
-  }
+  const auto together = [](int64_t num_heads, int64_t num_heads_kv, int64_t seqlen) {
+    return 1 << log2_heads_together(decoding(1, seqlen, num_heads, num_heads_kv));
+  };
+  EXPECT_EQ(together(1, 1, 8192), 1);
+  EXPECT_EQ(together(7, 7, 8192), 1);
+  EXPECT_EQ(together(14, 14, 8192), 2);
+  EXPECT_EQ(together(12, 12, 8192), 4);
+  EXPECT_EQ(together(40, 40, 8192), 8);
+  EXPECT_EQ(together(128, 128, 8192), 8);
+  EXPECT_EQ(together(128, 128, 2048), 16);  // whose keys and values are 16 MiB
+  EXPECT_EQ(together(128, 16, 2048), 128);
+  EXPECT_EQ(together(40, 40, 128), 8);
 }
 
 TEST(CudaHeuristics, few_queries_pack_the_heads_of_a_group) {
