@@ -206,7 +206,7 @@ class ForwardPlan final : public core::Plan {
     };
     if (problem_.appends) run_all(update_tasks(), set_.forward.update_cache);
     if (cut.packed.per_head > 0) run_all(pack_tasks(call), set_.forward.pack_tiles);
-    run_all(attend_tasks(call, cut), set_.forward.attend);
+    run_all(attend_tasks(call, cut, num_workers), set_.forward.attend);
     if (cut.num_splits > 1) run_all(combine_tasks(call, cut), set_.forward.combine);
     return {};
   }
@@ -256,11 +256,13 @@ class ForwardPlan final : public core::Plan {
     return tasks;
   }
 
-  std::vector<ForwardTask> attend_tasks(const ForwardCall& call, const Cut& cut) const {
+  std::vector<ForwardTask> attend_tasks(const ForwardCall& call, const Cut& cut,
+                                        int num_workers) const {
+    const int32_t few_together = heads_together(call.args.k, cut.num_splits, num_workers);
     std::vector<ForwardTask> tasks;
     for_each_block(call, cut, [&](ForwardTask task, const core::Sequence& sequence) {
       task.few_queries = few_queries(problem_, sequence.seqlen_q);
-      const int32_t together = task.few_queries ? heads_together(call.args.k) : 1;
+      const int32_t together = task.few_queries ? few_together : 1;
       if (task.head_kv % together != 0) return;
       task.num_heads_kv =
           static_cast<int32_t>(std::min<int64_t>(together, problem_.num_heads_kv - task.head_kv));
@@ -296,14 +298,22 @@ class ForwardPlan final : public core::Plan {
     }
   }
 
-  // Key heads whose rows lie end to end: read in the order of their addresses, each page of memory
-  // is looked up once.
-  static int32_t heads_together(const core::TensorView& k) {
+  // Key heads of few queries that share a task, whose rows lie end to end: read in the order of
+  // their addresses, each page of memory is looked up once. But there is a task for each worker,
+  // unless it would read less than is worth waking one for.
+  int32_t heads_together(const core::TensorView& k, int64_t num_splits, int num_workers) const {
     constexpr int64_t kBytesTogether = 16384;
+    constexpr int64_t kMinBytesOfTask = 128 << 10;
     const int64_t head_stride = k.strides[k.ndim - 2], row_stride = k.strides[k.ndim - 3];
     if (head_stride <= 0 || head_stride >= row_stride) return 1;
-    return static_cast<int32_t>(std::clamp<int64_t>(
-        kBytesTogether / (head_stride * core::byte_size(k.dtype)), 1, kMaxHeadsTogether));
+    const int64_t element = core::byte_size(k.dtype);
+    const int64_t at_most =
+        std::clamp<int64_t>(kBytesTogether / (head_stride * element), 1, kMaxHeadsTogether);
+    const int64_t heads = problem_.batch * problem_.num_heads_kv * num_splits;
+    const int64_t bytes_of_head =
+        problem_.seqlen_k * (problem_.head_dim + problem_.head_dim_v) * element / num_splits;
+    const int64_t at_least = ceil_div(kMinBytesOfTask, std::max<int64_t>(bytes_of_head, 1));
+    return static_cast<int32_t>(std::min(at_most, std::max(heads / num_workers, at_least)));
   }
 
   std::vector<ForwardTask> combine_tasks(const ForwardCall& call, const Cut& cut) const {

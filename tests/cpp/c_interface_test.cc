@@ -437,6 +437,22 @@ TEST(C, calls_run_on_the_callers_threads) {
   EXPECT_EQ(run(it), expected);
 }
 
+// One sequence of too few keys to be split.
+TEST(C, heads_of_few_queries_are_shared_among_threads) {
+  const Case decoding{
+      .name = "step", .batch = 1, .seqlen_q = 1, .seqlen_k = 512, .num_heads = 16, .head_dim = 64};
+  PreparedCase it(decoding, core::DataType::kFloat32);
+  const std::vector<double> expected = run(it);
+  CountedPool pool;
+  pool.num_threads = 4;
+  const fa_thread_pool c = pool.c();
+  ASSERT_EQ(fa_use_thread_pool(&c), FA_OK);
+  it.tensors().out.poison();
+  EXPECT_EQ(run(it), expected);
+  EXPECT_GE(pool.tasks.load(), 4);
+  ASSERT_EQ(fa_use_thread_pool(nullptr), FA_OK);
+}
+
 TEST(C, concurrent_calls_agree_with_those_made_alone) {
   constexpr int kThreads = 6, kCalls = 20;
   const std::vector<double> expected = [] {
