@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from ._rearrange import rearrange
 
 __all__ = [
+    "IndexFirstAxis",
+    "IndexPutFirstAxis",
     "index_first_axis",
     "index_first_axis_residual",
     "index_put_first_axis",
@@ -54,6 +56,18 @@ def index_put_first_axis(
     """
     output = values.new_zeros((first_axis_dim, *values.shape[1:]))
     return output.index_copy_(0, indices.long(), values)
+
+
+class IndexFirstAxis:
+    """index_first_axis under the name of the original's autograd.Function."""
+
+    apply = staticmethod(index_first_axis)
+
+
+class IndexPutFirstAxis:
+    """index_put_first_axis under the name of the original's autograd.Function."""
+
+    apply = staticmethod(index_put_first_axis)
 
 
 class IndexFirstAxisResidual(torch.autograd.Function):

@@ -16,6 +16,9 @@ import torch
 from ..ops._rotary import Angles, angles_of_tokens, check_rank, rotate, rotated
 
 __all__ = [
+    "ApplyRotaryEmb",
+    "ApplyRotaryEmbKV_",
+    "ApplyRotaryEmbQKV_",
     "RotaryEmbedding",
     "apply_rotary_emb",
     "apply_rotary_emb_func",
@@ -156,6 +159,24 @@ def apply_rotary_emb_kv_(
     return _rotation("kv", kv, (cos, sin), interleaved, True, seqlen_offsets)
 
 
+class ApplyRotaryEmb:
+    """apply_rotary_emb under the name of the original's autograd.Function."""
+
+    apply = staticmethod(apply_rotary_emb)
+
+
+class ApplyRotaryEmbQKV_:
+    """apply_rotary_emb_qkv_ under the name of the original's autograd.Function."""
+
+    apply = staticmethod(apply_rotary_emb_qkv_)
+
+
+class ApplyRotaryEmbKV_:
+    """apply_rotary_emb_kv_ under the name of the original's autograd.Function."""
+
+    apply = staticmethod(apply_rotary_emb_kv_)
+
+
 def _rotation(
     layout: str,
     x: torch.Tensor,
@@ -193,8 +214,9 @@ class _Rotation(torch.autograd.Function):
         ctx.seqlen_offset = None if in_tensor else seqlen_offsets
         ctx.save_for_backward(seqlen_offsets if in_tensor else None, cu_seqlens, *tables)
         # Autograd refuses the other parts of a split once it has seen one of them being written.
-        unseen = inplace and ctx.needs_input_grad[0] and not torch.compiler.is_compiling()
-        target = x.data if unseen and x._is_view() else x
+        # A compiler does not tell parts from other tensors.
+        is_part = torch.compiler.is_compiling() or x._is_view()
+        target = x.data if inplace and ctx.needs_input_grad[0] and is_part else x
         out = _turn(target, options, inplace, False, seqlen_offsets, cu_seqlens, tables)
         return x if inplace else out
 
@@ -296,6 +318,7 @@ class RotaryEmbedding(torch.nn.Module):
 
     inv_freq: torch.Tensor
     scale: torch.Tensor | None
+    _maybe_inference = False  # whether the tables may be inference tensors
 
     def __init__(
         self,
@@ -349,11 +372,17 @@ class RotaryEmbedding(torch.nn.Module):
             and seqlen <= self._seq_len_cached
             and table.device == device
             and table.dtype == dtype
-            # A table made in inference mode cannot be saved for a backward pass.
-            and not (self.training and table.is_inference())
+            and not (self._maybe_inference and torch.is_grad_enabled())
         ):
             return
         self._seq_len_cached = seqlen
+        # Inference tensors cannot be saved for a backward pass. A compiled call in inference mode
+        # makes them all the same, and cannot ask for the mode.
+        self._maybe_inference = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        with torch.inference_mode(False):
+            self._make_tables(seqlen, device, dtype)
+
+    def _make_tables(self, seqlen: int, device: torch.device, dtype: torch.dtype) -> None:
         # The angles are large: a model cast to 16 bits must not have them from 16-bit buffers.
         inv_freq, scale = self.inv_freq, self.scale
         if inv_freq.dtype != torch.float32:

@@ -19,6 +19,9 @@ __all__ = ["Block", "ParallelBlock"]
 Maker = Callable[[int], nn.Module]
 
 _RMS_NORMS = (RMSNorm, rms_norm.RMSNorm, nn.RMSNorm)
+# Whether nn.RMSNorm's default epsilon is, for 16-bit inputs, that of fp32: PyTorch's pull request
+# 142848.
+_EPSILON_OF_FP32 = torch.__version__ >= "2.7.0a0"
 
 
 class StochasticDepth(nn.Module):
@@ -47,9 +50,13 @@ def _check_fused(*modules: nn.Module) -> None:
         )
 
 
-def _eps(norm: nn.Module, x: torch.Tensor) -> float:
-    """The norm's epsilon; nn.RMSNorm's default is the machine's."""
-    return torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+def _eps(norm: nn.Module) -> float:
+    """The norm's epsilon; nn.RMSNorm's default is the machine's. Inputs have the weight's dtype."""
+    if norm.eps is not None:
+        return norm.eps
+    dtype = norm.weight.dtype
+    is_fp32 = _EPSILON_OF_FP32 and dtype != torch.float64
+    return torch.finfo(torch.float32 if is_fp32 else dtype).eps
 
 
 def _mark(norms: list[nn.Module], **marks: bool) -> None:
@@ -204,7 +211,7 @@ class Block(_WithMixer):
             norm.weight,
             getattr(norm, "bias", None),
             residual=residual,
-            eps=_eps(norm, x),
+            eps=_eps(norm),
             dropout_p=dropout.p if self.training else 0.0,
             rowscale=rowscale,
             prenorm=True,
@@ -294,7 +301,7 @@ class ParallelBlock(_WithMixer):
             x1=x2,
             weight1=None if second is None else second.weight,
             bias1=None if second is None else getattr(second, "bias", None),
-            eps=_eps(norm, x1),
+            eps=_eps(norm),
             dropout_p=self.dropout1.p if self.training else 0.0,
             prenorm=True,
             residual_in_fp32=self.residual_in_fp32,

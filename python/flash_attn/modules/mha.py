@@ -68,15 +68,28 @@ def _update_kv_cache(
         size = (inference_params.max_batch_size, inference_params.max_seqlen)
         caches[layer_idx] = kv.new_empty((*size, *kv.shape[2:]))
     cache = caches[layer_idx]
-    first_row, first = inference_params.batch_size_offset, inference_params.seqlen_offset
-    last_row, last = first_row + kv.shape[0], first + kv.shape[1]
-    if last_row > cache.shape[0] or last > cache.shape[1]:
+    rows, first = _rows(kv, inference_params), inference_params.seqlen_offset
+    last = first + kv.shape[1]
+    if rows.stop > cache.shape[0] or last > cache.shape[1]:
         raise ValueError(
             f"inference_params: its cache has room for {cache.shape[0]} sequences of"
-            f" {cache.shape[1]} tokens, and {last_row} of {last} are needed"
+            f" {cache.shape[1]} tokens, and {rows.stop} of {last} are needed"
         )
-    cache[first_row:last_row, first:last] = kv
-    return cache[first_row:last_row, :last]
+    cache[rows, first:last] = kv
+    return cache[rows, :last]
+
+
+def _rows(x: torch.Tensor, inference_params: InferenceParams) -> slice:
+    """The rows of the cache that are those of x [B, ...]."""
+    first = inference_params.batch_size_offset
+    return slice(first, first + x.shape[0])
+
+
+def _lengths(x: torch.Tensor, inference_params: InferenceParams) -> int | torch.Tensor:
+    """How many tokens the cache has for the sequences of x [B, ...]."""
+    if inference_params.lengths_per_sample is None:
+        return inference_params.seqlen_offset
+    return inference_params.lengths_per_sample[_rows(x, inference_params)]
 
 
 class _CachedAttention(nn.Module):
@@ -184,16 +197,15 @@ class _CachedAttention(nn.Module):
             return self._attend(self.inner_cross_attn, (q, kv), kwargs)
         if self.layer_idx is None:
             raise ValueError("layer_idx: must be given to the constructor for generation, is None")
+        if inference_params.lengths_per_sample is not None and not self.use_flash_attn:
+            raise NotImplementedError("lengths_per_sample: needs use_flash_attn=True")
         decoding = self.use_flash_attn and inference_params.seqlen_offset > 0
         with_rotary = self.rotary_emb_dim > 0
         if decoding and with_rotary and self.rotary_emb.scale is None:
             return self._apply_rotary_update_kvcache_attention(q, kv, inference_params)
         if with_rotary:
-            lengths = inference_params.lengths_per_sample
-            offset = inference_params.seqlen_offset if lengths is None else lengths
-            q, kv = self.rotary_emb(
-                q, kv, seqlen_offset=offset, max_seqlen=inference_params.max_seqlen
-            )
+            offset, longest = _lengths(q, inference_params), inference_params.max_seqlen
+            q, kv = self.rotary_emb(q, kv, seqlen_offset=offset, max_seqlen=longest)
         if decoding:
             return self._update_kvcache_attention(q, kv, inference_params)
         return self.inner_cross_attn(q, self._update_kv_cache(kv, inference_params))
@@ -221,11 +233,7 @@ class _CachedAttention(nn.Module):
         self, q: torch.Tensor, kv: torch.Tensor, inference_params: InferenceParams, **rotary: Any
     ) -> torch.Tensor:
         """Append and attention in one call."""
-        rows = slice(
-            inference_params.batch_size_offset, inference_params.batch_size_offset + q.shape[0]
-        )
-        cache = inference_params.key_value_memory_dict[self.layer_idx][rows]
-        lengths = inference_params.lengths_per_sample
+        cache = inference_params.key_value_memory_dict[self.layer_idx][_rows(q, inference_params)]
         attention = self.inner_cross_attn
         return flash_attn_with_kvcache(
             q,
@@ -233,7 +241,7 @@ class _CachedAttention(nn.Module):
             cache[:, :, 1],
             kv[:, :, 0],
             kv[:, :, 1],
-            cache_seqlens=inference_params.seqlen_offset if lengths is None else lengths[rows],
+            cache_seqlens=_lengths(q, inference_params),
             softmax_scale=attention.softmax_scale,
             causal=attention.causal,
             window_size=attention.window_size,

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .activations import Tensors, first_order_only
+
 
 @dataclass(frozen=True)
 class NormOptions:
-    """What is not a tensor in a call of a norm."""
+    """What autograd does not see of a call of a norm; out and residual_out are to be written."""
 
     eps: float = 1e-6
     dropout_p: float = 0.0
@@ -29,10 +31,13 @@ class NormOptions:
     zero_centered_weight: bool = False
     is_rms_norm: bool = False
     out_dtype: torch.dtype | None = None
+    out: torch.Tensor | None = None
+    residual_out: torch.Tensor | None = None
 
 
 class NormResult(NamedTuple):
-    """y; with weight1 y1; with prenorm z; with dropout the masks of x and x1, true where kept."""
+    """y; with weight1 y1; z, with prenorm at least; with dropout the masks of x and x1, true where
+    kept."""
 
     y: torch.Tensor
     y1: torch.Tensor | None
@@ -62,15 +67,14 @@ def add_norm(
         rowscale: x's shape without its last dimension.
 
     Raises:
-        ValueError: a shape does not fit, or bias1 is given without weight1.
+        ValueError: a shape or a dtype does not fit, weight is None, or bias1 is given without
+            weight1.
     """
-    for name, tensor in (("residual", residual), ("x1", x1)):
-        if tensor is not None and tensor.shape != x.shape:
-            raise ValueError(f"{name}: must have x's shape {list(x.shape)}, has {_shape(tensor)}")
+    _require("weight", weight)
+    buffers = {"out": options.out, "residual_out": options.residual_out}
+    _check_like_x(x, residual=residual, x1=x1, **buffers)
     parameters = {"weight": weight, "bias": bias, "weight1": weight1, "bias1": bias1}
-    for name, tensor in (*parameters.items(), ("colscale", colscale)):
-        if tensor is not None and tensor.shape != x.shape[-1:]:
-            raise ValueError(f"{name}: must have shape {_shape(x)[-1:]}, has {_shape(tensor)}")
+    _check_shape(x.shape[-1:], **parameters, colscale=colscale)
     if bias1 is not None and weight1 is None:
         raise ValueError("bias1: needs weight1, which is None")
     if rowscale is not None:
@@ -106,17 +110,16 @@ class _AddNorm(torch.autograd.Function):
         z = _scaled(x.to(dtype), rowscale, colscale, mask, options.dropout_p)
         if x1 is not None:
             z = z + _scaled(x1.to(dtype), None, None, mask1, options.dropout_p)
-        if residual is not None:
-            z = z + residual
+        z = _plus_residual(z, residual)
         z_out = None
-        if options.prenorm or any(ctx.needs_input_grad):
+        if options.prenorm or options.residual_out is not None or any(ctx.needs_input_grad):
             z_out = _rounded_sum(z, x, residual, options)
         z_hat, mean, rstd = _normalize(z, options)
         y1 = None
         out_dtype = options.out_dtype or x.dtype
         if weight1 is not None:
             y1 = _affine(z_hat.clone(), weight1, bias1, options).to(out_dtype)
-        y = _affine(z_hat, weight, bias, options).to(out_dtype)
+        y = _written(_affine(z_hat, weight, bias, options), out_dtype, options.out)
 
         # The gradients of the scales are the only ones that need x itself.
         needs_x = any(ctx.needs_input_grad[4:6])
@@ -137,17 +140,20 @@ class _AddNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if mask is not None:
             ctx.mark_non_differentiable(*(m for m in (mask, mask1) if m is not None))
-        return y, y1, z_out if options.prenorm else None, mask, mask1
+        # What is saved of z is an output, or the input x: first_order_only() asks for that.
+        return y, y1, z_out, mask, mask1
 
     @staticmethod
+    @first_order_only
     def backward(
         ctx: Any,
+        saved: Tensors,
         dy: torch.Tensor | None,
         dy1: torch.Tensor | None,
         dz_out: torch.Tensor | None,
         *_: None,
-    ) -> tuple[torch.Tensor | None, ...]:
-        z, mean, rstd, weight, weight1, rowscale, colscale, mask, mask1, x = ctx.saved_tensors
+    ) -> Tensors:
+        z, mean, rstd, weight, weight1, rowscale, colscale, mask, mask1, x = saved
         x_dtype, residual_dtype, x1_dtype, bias_dtype, bias1_dtype = ctx.dtypes
         z = z.to(rstd.dtype)
         dz, dweight, dbias = _norm_backward(dy, z, mean, rstd, weight, ctx.options)
@@ -192,8 +198,13 @@ def norm_linear(
     y is computed again in the backward pass rather than kept. Under autocast y and the linear layer
     are in its dtype.
     """
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual: must have x's shape {_shape(x)}, has {_shape(residual)}")
+    _require("norm_weight", norm_weight)
+    _require("linear_weight", linear_weight)
+    _check_like_x(x, residual=residual)
+    _check_shape(x.shape[-1:], norm_weight=norm_weight, norm_bias=norm_bias)
+    rows = linear_weight.shape[:1]
+    _check_shape((*rows, x.shape[-1]), linear_weight=linear_weight)
+    _check_shape(rows, linear_bias=linear_bias)
     device_type = x.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
@@ -218,9 +229,7 @@ class _NormLinear(torch.autograd.Function):
         linear_bias: torch.Tensor | None,
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        z = x.to(_dtype_of_computation(x))
-        if residual is not None:
-            z = z + residual
+        z = _plus_residual(x.to(_dtype_of_computation(x)), residual)
         z_out = _rounded_sum(z, x, residual, options)
         z_hat, mean, rstd = _normalize(z, options)
         y = _affine(z_hat, weight, bias, options).to(dtype)
@@ -229,13 +238,14 @@ class _NormLinear(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
-        return F.linear(y, linear_weight, linear_bias), z_out if options.prenorm else None
+        return F.linear(y, linear_weight, linear_bias), z_out  # an output, as in _AddNorm
 
     @staticmethod
+    @first_order_only
     def backward(
-        ctx: Any, dout: torch.Tensor | None, dz_out: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        z, mean, rstd, weight, bias, linear_weight = ctx.saved_tensors
+        ctx: Any, saved: Tensors, dout: torch.Tensor | None, dz_out: torch.Tensor | None
+    ) -> Tensors:
+        z, mean, rstd, weight, bias, linear_weight = saved
         z = z.to(rstd.dtype)
         dy = dlinear_weight = dlinear_bias = None
         if dout is not None:
@@ -262,6 +272,27 @@ class _NormLinear(torch.autograd.Function):
 
 def _shape(tensor: torch.Tensor) -> list[int]:
     return list(tensor.shape)
+
+
+def _require(name: str, tensor: torch.Tensor | None) -> None:
+    if tensor is None:
+        raise ValueError(f"{name}: must be given, is None")
+
+
+def _check_like_x(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    for name, tensor in {"x": x, **others}.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: must be of a floating dtype, is {tensor.dtype}")
+        if tensor.shape != x.shape:
+            raise ValueError(f"{name}: must have x's shape {_shape(x)}, has {_shape(tensor)}")
+
+
+def _check_shape(shape: tuple[int, ...], **tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: must have shape {[*shape]}, has {_shape(tensor)}")
 
 
 def _dtype_of_computation(x: torch.Tensor) -> torch.dtype:
@@ -291,13 +322,26 @@ def _scaled(
     return x
 
 
+def _plus_residual(z: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """z + residual, contiguous whatever the strides of the inputs, as is all that is made of it."""
+    return (z if residual is None else z + residual).contiguous()
+
+
 def _rounded_sum(
     z: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None, options: NormOptions
 ) -> torch.Tensor:
     """z in the dtype of the residual stream; x itself where z is nothing else."""
     if residual is not None:
-        return z.to(residual.dtype)
-    return z.to(torch.float32 if options.residual_in_fp32 else x.dtype)
+        dtype = residual.dtype
+    else:
+        dtype = torch.float32 if options.residual_in_fp32 else x.dtype
+    return _written(z, dtype, options.residual_out)
+
+
+def _written(x: torch.Tensor, dtype: torch.dtype, buffer: torch.Tensor | None) -> torch.Tensor:
+    """x in dtype; or in the buffer's memory, by a tensor of its own, for the buffer itself is to
+    stay out of the graph."""
+    return x.to(dtype) if buffer is None else buffer.copy_(x).detach()
 
 
 def _normalize(

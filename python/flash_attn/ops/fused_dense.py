@@ -22,7 +22,15 @@ from ..utils.distributed import (
     reduce_scatter,
     share,
 )
-from .activations import gelu_bwd, gelu_fwd, relu_bwd, sqrelu_bwd, sqrelu_fwd
+from .activations import (
+    Tensors,
+    first_order_only,
+    gelu_bwd,
+    gelu_fwd,
+    relu_bwd,
+    sqrelu_bwd,
+    sqrelu_fwd,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -246,8 +254,9 @@ class _Mlp(torch.autograd.Function):
         return F.linear(post, weight2, bias2)
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight1, bias1, weight2, pre, post = ctx.saved_tensors
+    @first_order_only
+    def backward(ctx: Any, saved: Tensors, dout: torch.Tensor) -> Tensors:
+        x, weight1, bias1, weight2, pre, post = saved
         act, act_backward = _ACTIVATIONS[ctx.activation]
         pre = F.linear(x, weight1, bias1) if pre is None else pre
         post = act(pre) if post is None else post

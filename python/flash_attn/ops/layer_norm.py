@@ -62,7 +62,7 @@ def dropout_add_layer_norm(
         y [..., N] in x0's dtype; or a tuple of those that are asked for, of (y, z, mask).
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape or a dtype does not fit, or weight is None.
     """
     options = NormOptions(epsilon, dropout_p, prenorm, residual_in_fp32)
     result = add_norm(
@@ -122,7 +122,7 @@ def dropout_add_layer_norm_parallel_residual(
         (y0, y1), y1 None without weight1; and, where asked for, z, and the masks of x0 and x1.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape or a dtype does not fit, or weight0 is None.
     """
     options = NormOptions(epsilon, dropout_p, prenorm, residual_in_fp32)
     result = add_norm(

@@ -11,6 +11,8 @@ from torch.autograd import gradcheck
 
 from flash_attn import _rearrange
 from flash_attn.bert_padding import (
+    IndexFirstAxis,
+    IndexPutFirstAxis,
     index_first_axis,
     index_first_axis_residual,
     index_put_first_axis,
@@ -146,6 +148,18 @@ def test_as_transformers_uses_it():
     hidden, indices, _, longest, *_ = unpad_input(key, mask)
     again = index_first_axis(key.reshape(12, 2, 8), indices)
     assert torch.equal(hidden, again) and longest == 6
+
+
+def test_as_remote_code_of_models_uses_it():
+    """The autograd.Functions themselves, by apply()."""
+    x = torch.randn(4, 2, requires_grad=True)
+    indices = torch.tensor([2, 0])
+    rows = IndexFirstAxis.apply(x, indices)
+    assert torch.equal(rows, x[indices])
+    again = IndexPutFirstAxis.apply(rows, indices, 4)
+    assert torch.equal(again[indices], rows) and not again[[1, 3]].any()
+    again.sum().backward()
+    assert x.grad.tolist() == [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
 
 
 PATTERNS = [

@@ -14,6 +14,7 @@ from flash_attn.ops.triton import cross_entropy
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
 from .plain import DTYPES, assert_rounded_once
+from .test_norms import assert_first_order_only
 
 OPTIONS = [
     {},
@@ -83,6 +84,16 @@ def test_gradcheck(options):
     logits, labels = problem(4, 7)
     labels = usable(labels, options)
     assert gradcheck(lambda x: cross_entropy_loss(x, labels, **options)[0], logits.requires_grad_())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients_are_of_first_order_only(inplace):
+    logits, labels = problem(4, 7)
+
+    def call(x):
+        return cross_entropy_loss(x * 1.0, labels, inplace_backward=inplace)[0]
+
+    assert_first_order_only(call, logits.requires_grad_())
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
@@ -175,6 +186,17 @@ def test_wrong_shapes_are_refused():
         cross_entropy_loss(torch.zeros(2, 4), torch.zeros(3).long())
     with pytest.raises(ValueError, match="precomputed_lse"):
         cross_entropy_loss(torch.zeros(2, 4), torch.zeros(2).long(), torch.zeros(3))
+
+
+def test_wrong_dtypes_are_refused():
+    logits, labels = torch.zeros(2, 4), torch.zeros(2).long()
+    for kind in (torch.float32, torch.bool, torch.int16):
+        with pytest.raises(ValueError, match=f"labels: must be int32 or int64, is {kind}"):
+            cross_entropy_loss(logits, labels.to(kind))
+    with pytest.raises(ValueError, match="logits: must be of a floating dtype, is"):
+        cross_entropy_loss(logits.long(), labels)
+    with pytest.raises(ValueError, match="precomputed_lse: must be of a floating dtype, is"):
+        cross_entropy_loss(logits, labels, labels)
 
 
 def test_no_rows():

@@ -26,6 +26,7 @@ from flash_attn.ops.activations import (
 from flash_attn.ops.fused_dense import FusedDense, FusedMLP, fused_dense_func, fused_mlp_func
 
 from .plain import DTYPES, assert_rounded_once
+from .test_norms import assert_first_order_only
 
 
 def gelu(x):
@@ -121,6 +122,27 @@ def test_mlp(activation, level, with_bias):
     hidden = PLAIN[activation](F.linear(x, weight1, biases[0] if biases else None))
     torch.testing.assert_close(call(*leaves), F.linear(hidden, weight2, *biases[1:]))
     assert gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("activation", PLAIN)
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_gradients_of_an_mlp_are_of_first_order_only(activation, level):
+    """Whichever of the inputs require them."""
+    shapes = [(2, 3, 6), (10, 6), (4, 10), (10,), (4,)]
+    tensors = [torch.randn(s, dtype=torch.float64) for s in shapes]
+    for requiring in ((0,), (1,), (2,), range(5)):
+        for i, tensor in enumerate(tensors):
+            tensor.requires_grad_(i in requiring)
+        assert_first_order_only(
+            lambda *args: fused_mlp_func(*args, activation=activation, checkpoint_lvl=level),
+            *tensors,
+        )
+
+
+def test_gradients_of_swiglu_are_of_first_order_only():
+    x, y = torch.randn(2, 3, 5, dtype=torch.float64)
+    assert_first_order_only(swiglu, x.requires_grad_(), y)
+    assert_first_order_only(swiglu, x, y.requires_grad_())
 
 
 @pytest.mark.parametrize(

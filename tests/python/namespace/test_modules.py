@@ -311,6 +311,24 @@ def test_decoding_is_the_forward_of_the_whole(cache, heads_kv, rotary, per_sampl
     assert made.shape == (2, 9, 2, heads_kv or HEADS, 8) and made.dtype == torch.float16
 
 
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("scale_base", [None, 16])
+def test_rows_of_a_larger_batch_have_their_own_lengths(scale_base):
+    """The first and the later tokens, with rotation inside and outside of the attention."""
+    rotary = {"rotary_emb_dim": 4, "rotary_emb_scale_base": scale_base}
+    module = MHA(DIM, HEADS, causal=True, layer_idx=0, use_flash_attn=True, **rotary)
+    lengths = torch.tensor([5, 3, 0, 0], dtype=torch.int32)
+    params = InferenceParams(9, 4, batch_size_offset=2, lengths_per_sample=lengths)
+    x = torch.randn(2, 7, DIM)
+    outs = [module(x[:, :4], inference_params=params)]
+    for t in range(4, 7):
+        params.seqlen_offset = t
+        lengths[2:] = t
+        outs.append(module(x[:, t : t + 1], inference_params=params))
+    close(torch.cat(outs, 1), module(x))
+
+
 def test_a_cache_too_small_is_refused_before_it_is_written():
     module = MHA(DIM, HEADS, causal=True, layer_idx=0)
     params = InferenceParams(max_seqlen=4, max_batch_size=2)
@@ -327,7 +345,9 @@ def test_a_cache_too_small_is_refused_before_it_is_written():
 def test_mha_refuses_what_does_not_go_together():
     x, lengths = torch.randn(1, 4, DIM), torch.tensor([0, 4], dtype=torch.int32)
     mask = torch.ones(1, 4).bool()
+    decoding = {"inference_params": InferenceParams(9, 1, lengths_per_sample=lengths[1:])}
     for options, arguments, error, message in (
+        ({"layer_idx": 0}, decoding, NotImplementedError, "lengths_per_sample: needs use_flash"),
         ({}, {"cu_seqlens": lengths, "max_seqlen": 4}, NotImplementedError, "use_flash_attn=True"),
         ({"use_flash_attn": True}, {"cu_seqlens": lengths}, ValueError, "max_seqlen"),
         ({"use_flash_attn": True}, {"key_padding_mask": mask}, NotImplementedError, "unpad"),
@@ -381,6 +401,20 @@ def test_prenorm_block(norm, in_fp32):
         close(out, expected)
         close(total, z2)
     close(plain(x)[1], fused(x)[1])
+
+
+@pytest.mark.parametrize("cls", [Block, ParallelBlock])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("norm_dtype", [None, torch.float32])
+def test_fused_blocks_take_pytorchs_own_epsilon(cls, dtype, norm_dtype):
+    """Where it shows: small values, whose mean square is less than the epsilon of 16 bits."""
+    norm = partial(nn.RMSNorm, dtype=norm_dtype or dtype)
+    x = 0.01 * torch.randn(2, 5, DIM, dtype=dtype)
+    outs = [
+        cls(DIM, nn.Identity, nn.Identity, norm_cls=norm, fused_dropout_add_ln=fused)(x)[0]
+        for fused in (False, True)
+    ]
+    torch.testing.assert_close(outs[1].float(), outs[0].float(), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("fused", [False, True])

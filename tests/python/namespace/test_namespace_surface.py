@@ -43,6 +43,8 @@ BENCHMARK = "repeats=10, desc='', verbose=True, amp=False, amp_dtype=torch.float
 # FlashAttention 2.8's parameters and defaults; a class stands for its constructor.
 SIGNATURES = {
     "bert_padding": {
+        "IndexFirstAxis.apply": "input, indices",
+        "IndexPutFirstAxis.apply": "values, indices, first_axis_dim",
         "index_first_axis": "input, indices",
         "index_put_first_axis": "values, indices, first_axis_dim",
         "index_first_axis_residual": "input, indices",
@@ -67,6 +69,15 @@ SIGNATURES = {
             " num_heads_q=None"
         ),
         "apply_rotary_emb_kv_": "kv, cos, sin, interleaved=False, seqlen_offsets=0",
+        "ApplyRotaryEmb.apply": (
+            "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None,"
+            " max_seqlen=None"
+        ),
+        "ApplyRotaryEmbQKV_.apply": (
+            "qkv, cos, sin, cos_k=None, sin_k=None, interleaved=False, seqlen_offsets=0,"
+            " num_heads_q=None"
+        ),
+        "ApplyRotaryEmbKV_.apply": "kv, cos, sin, interleaved=False, seqlen_offsets=0",
         "RotaryEmbedding": "dim, base=10000.0, interleaved=False, scale_base=None, device=None",
         "RotaryEmbedding.forward": (
             "qkv, kv=None, seqlen_offset=0, max_seqlen=None, num_heads_q=None"
@@ -435,6 +446,13 @@ CLIENTS = {
         "ops.triton.layer_norm.RMSNorm",
         "ops.triton.layer_norm.layer_norm_fn",
         "ops.triton.rotary.apply_rotary",
+    ],
+    "remote code of models": [
+        "bert_padding.IndexFirstAxis",
+        "bert_padding.IndexPutFirstAxis",
+        "layers.rotary.ApplyRotaryEmb",
+        "layers.rotary.ApplyRotaryEmbKV_",
+        "layers.rotary.ApplyRotaryEmbQKV_",
     ],
     "mamba": ["layers.rotary.RotaryEmbedding"],
     "Megatron-LM": ["layers.rotary.apply_rotary_emb"],

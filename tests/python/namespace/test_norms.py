@@ -24,6 +24,27 @@ N = 24
 EPS = 1e-3
 
 
+def assert_first_order_only(function, *tensors):
+    """function's gradients are the same with create_graph=True, and raise when differentiated
+    again, also as a part of a sum."""
+    leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+    expected = torch.autograd.grad(function(*tensors).square().sum(), leaves)
+    for weighed in (False, True):
+        out = function(*tensors)
+        dout = out.detach().clone().requires_grad_() if weighed else torch.ones_like(out)
+        gradients = torch.autograd.grad(out, leaves, dout, create_graph=True)
+        for gradient in gradients:
+            assert gradient.requires_grad
+            penalty = gradient.square().sum() + sum(leaf.square().sum() for leaf in leaves)
+            for inputs in (leaves, leaves[:1]):
+                with pytest.raises(NotImplementedError, match="second-order gradients"):
+                    torch.autograd.grad(penalty, inputs, retain_graph=True, allow_unused=True)
+            with pytest.raises(NotImplementedError, match="second-order gradients"):
+                penalty.backward(retain_graph=True)
+    for gradient, exact in zip(gradients, expected):
+        torch.testing.assert_close(2.0 * gradient, exact)
+
+
 def plain_norm(z, weight, bias, is_rms_norm, zero_centered=False):
     """In z's dtype."""
     if not is_rms_norm:
@@ -152,12 +173,38 @@ def test_given_outputs_are_written():
     t = tensors(torch.float32, "x", "weight", "bias", "residual")
     out, residual_out = torch.empty(3, 5, N, dtype=torch.float64), torch.empty(3, 5, N)
     y, total = layer_norm_fn(**t, prenorm=True, out=out, residual_out=residual_out)
-    assert y is out and total is residual_out
+    assert y.data_ptr() == out.data_ptr() and total.data_ptr() == residual_out.data_ptr()
+    assert torch.equal(y, out) and torch.equal(total, residual_out)
     expected, expected_total = layer_norm_fn(**t, prenorm=True)
     torch.testing.assert_close(out, expected.double())
     assert torch.equal(residual_out, expected_total)
     layer_norm_fn(t["x"], t["weight"], None, residual_out=residual_out)
     assert torch.equal(residual_out, t["x"])
+
+
+def test_given_outputs_serve_every_step():
+    """They stay out of the graph, which what is returned is in."""
+    t = tensors(torch.float32, "x", "weight", "bias", "residual")
+    leaves = [tensor.requires_grad_() for tensor in t.values()]
+    out, residual_out = torch.empty(2, 3, 5, N)
+    exact = layer_norm_fn(**t, prenorm=True)
+    expected = torch.autograd.grad(exact, leaves, exact)
+    for _ in range(3):
+        results = layer_norm_fn(**t, prenorm=True, out=out, residual_out=residual_out)
+        assert not out.requires_grad and not residual_out.requires_grad
+        for one, buffer, other in zip(results, (out, residual_out), exact):
+            assert one.data_ptr() == buffer.data_ptr() and torch.equal(buffer, other)
+        for one, other in zip(torch.autograd.grad(results, leaves, exact), expected):
+            assert torch.equal(one, other)
+
+
+def test_a_sum_that_was_overwritten_has_no_gradient():
+    t = tensors(torch.float32, "x", "weight", "bias", "residual")
+    residual_out = torch.empty(3, 5, N)
+    y = layer_norm_fn(t.pop("x").requires_grad_(), **t, residual_out=residual_out)
+    residual_out.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("is_rms_norm", [False, True])
@@ -239,6 +286,65 @@ def test_strides_and_one_dimension():
     assert_rounded_once(rms_norm_fn(x, weight, None, eps=EPS), exact, slack=5e-6)
     assert_rounded_once(rms_norm_fn(x[0], weight, None, eps=EPS), exact[0], slack=5e-6)
     assert rms_norm_fn(torch.zeros(0, N), weight, None).shape == (0, N)
+
+
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strided", ["x", "residual", "both", "x alone"])
+def test_results_are_contiguous(is_rms_norm, dtype, strided):
+    """Whatever the strides of the inputs, so that clients may view() them."""
+    linear_weight = torch.randn(7, N).to(dtype)
+    for order in ((1, 0, 2), (2, 1, 0)):
+        t = tensors(dtype, "x", "residual", "weight", "weight1")
+        permuted = {
+            name: t[name].permute(order).contiguous().permute(order)
+            for name in (("x", "residual") if strided == "both" else (strided.split()[0],))
+        }
+        if strided == "x alone":
+            del t["residual"]
+        options = {"bias": None, "prenorm": True, "is_rms_norm": is_rms_norm}
+        results = layer_norm_fn(**{**t, **permuted}, **options)
+        for one, other in zip(results, layer_norm_fn(**t, **options)):
+            assert torch.equal(one.view(-1, N), other.view(-1, N))
+        t = {**t, **permuted}
+        out, z = layer_norm_linear_fn(
+            t["x"],
+            t["weight"],
+            None,
+            linear_weight,
+            None,
+            t.get("residual"),
+            prenorm=True,
+            is_rms_norm=is_rms_norm,
+        )
+        assert out.view(-1, 7).shape == (15, 7) and torch.equal(z.view(-1, N), other.view(-1, N))
+
+
+def test_contiguous_inputs_are_not_copied():
+    x, weight = torch.randn(3, N), torch.ones(N)
+    assert rms_norm_fn(x, weight, None, prenorm=True)[1].data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("with_linear", [False, True])
+def test_gradients_are_of_first_order_only(is_rms_norm, with_residual, dtype, with_linear):
+    """Whichever of the inputs require them."""
+    names = ["x", "weight", "bias", *(["residual"] if with_residual else [])]
+    t = tensors(dtype, *names)
+    linear_weight = torch.randn(7, N).to(dtype)
+
+    def call(x, weight, bias, residual=None):
+        options = {"residual": residual, "eps": EPS, "is_rms_norm": is_rms_norm}
+        if with_linear:
+            return layer_norm_linear_fn(x, weight, bias, linear_weight, None, **options)
+        return layer_norm_fn(x, weight, bias, **options)
+
+    for requiring in (*names[:2], *names[3:], names):
+        for name, tensor in t.items():
+            tensor.requires_grad_(name in requiring)
+        assert_first_order_only(call, *t.values())
 
 
 @pytest.mark.parametrize("is_rms_norm", [False, True])
@@ -399,9 +505,39 @@ def test_wrong_arguments_are_refused():
         ({"bias1": weight}, "bias1: needs weight1"),
         ({"rowscale": torch.zeros(3)}, r"rowscale: must have shape \[2\]"),
         ({"dropout_p": 1.5}, "dropout_p"),
+        ({"weight": None}, "weight: must be given, is None"),
+        ({"x": x.long()}, r"x: must be of a floating dtype, is torch\.int64"),
+        ({"residual": x.int()}, r"residual: must be of a floating dtype, is torch\.int32"),
+        ({"x1": x.bool()}, r"x1: must be of a floating dtype, is torch\.bool"),
+        ({"out": x.long()}, r"out: must be of a floating dtype, is torch\.int64"),
+        ({"out": torch.zeros(1, 2, N)}, "out: must have x's shape"),
+        ({"residual_out": torch.zeros(3, N)}, "residual_out: must have x's shape"),
+    ):
+        for function in (layer_norm_fn, rms_norm_fn):
+            with pytest.raises(ValueError, match=message):
+                function(**{"x": x, "weight": weight, "bias": None, **change})
+    for function in (ops_layer_norm.dropout_add_layer_norm, ops_rms_norm.dropout_add_rms_norm):
+        with pytest.raises(ValueError, match="weight: must be given, is None"):
+            function(x, None, None, None, 0.0, EPS)
+
+
+def test_wrong_arguments_of_norm_and_linear_are_refused():
+    x, weight = torch.zeros(2, N), torch.zeros(N)
+    right = {"norm_weight": weight, "norm_bias": None, "linear_weight": torch.zeros(7, N)}
+    for change, message in (
+        ({"norm_weight": torch.ones(1)}, rf"norm_weight: must have shape \[{N}\], has \[1\]"),
+        ({"norm_weight": torch.ones(7)}, rf"norm_weight: must have shape \[{N}\], has \[7\]"),
+        ({"norm_weight": None}, "norm_weight: must be given, is None"),
+        ({"norm_bias": torch.ones(1)}, rf"norm_bias: must have shape \[{N}\], has \[1\]"),
+        ({"linear_weight": torch.ones(7, 1)}, rf"linear_weight: must have shape \[7, {N}\]"),
+        ({"linear_weight": weight}, "linear_weight: must have shape"),
+        ({"linear_weight": None}, "linear_weight: must be given, is None"),
+        ({"linear_bias": torch.ones(1)}, r"linear_bias: must have shape \[7\], has \[1\]"),
+        ({"residual": torch.zeros(1, N)}, "residual: must have x's shape"),
+        ({"x": x.long()}, r"x: must be of a floating dtype, is torch\.int64"),
     ):
         with pytest.raises(ValueError, match=message):
-            layer_norm_fn(**{"x": x, "weight": weight, "bias": None, **change})
+            layer_norm_linear_fn(**{"x": x, "linear_bias": None, **right, **change})
 
 
 def test_as_nanotron_and_xtuner_use_it():

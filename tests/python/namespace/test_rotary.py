@@ -7,6 +7,9 @@ import torch
 from torch.autograd import gradcheck
 
 from flash_attn.layers.rotary import (
+    ApplyRotaryEmb,
+    ApplyRotaryEmbKV_,
+    ApplyRotaryEmbQKV_,
     RotaryEmbedding,
     apply_rotary_emb,
     apply_rotary_emb_func,
@@ -176,6 +179,31 @@ def test_in_place_on_leaves_and_views_with_gradients():
     assert torch.equal(both.grad[:, :, 2:], torch.full_like(second, 2.0))
 
 
+SPLITS = {
+    "unbind": lambda qkv: qkv.unbind(2),
+    "chunk": lambda qkv: qkv.flatten(2, 3).chunk(3, dim=2),
+    "slices": lambda qkv: (qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]),
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_parts_are_rotated_in_place_in_a_compiled_call(split):
+    cos, sin = tables(dtype=torch.float32)
+
+    def function(x):
+        q, k, v = SPLITS[split](2.0 * x)
+        q = apply_rotary_emb(q, cos, sin, inplace=True)
+        return q * apply_rotary_emb(k, cos, sin, inplace=True) + v
+
+    x = torch.randn(2, 5, 3, 2, HEAD_DIM, requires_grad=True)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    out, expected = compiled(x), function(x)
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    gradients = [torch.autograd.grad(result, x, dout)[0] for result in (out, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_the_incoming_gradient_is_not_overwritten():
     cos, sin = tables(dtype=torch.float32)
     qkv = torch.randn(1, 4, 3, 2, HEAD_DIM, requires_grad=True)
@@ -314,13 +342,30 @@ def test_xpos_depends_on_distances_alone():
     assert torch.equal(half._cos_cached, module._cos_cached)
 
 
-def test_module_after_inference_mode_trains():
-    module = RotaryEmbedding(8)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_module_after_inference_mode_has_gradients(training, compiled):
+    module = RotaryEmbedding(8).train(training)
+    call = torch.compile(module, backend="aot_eager") if compiled else module
     with torch.inference_mode():
-        module(torch.randn(1, 4, 3, 1, 8))
+        call(torch.randn(1, 4, 3, 1, 8))
     leaf = torch.randn(1, 4, 3, 1, 8, requires_grad=True)
-    module.train()(leaf * 1.0).sum().backward()
+    call(leaf * 1.0).sum().backward()
     assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_module_is_one_graph_at_every_call(training):
+    module = RotaryEmbedding(8).train(training)
+    compiled = torch.compile(lambda x: module(2.0 * x), backend="aot_eager", fullgraph=True)
+    # The tables are made, found as they are, and grown.
+    for seqlen in (4, 4, 6):
+        x = torch.randn(2, seqlen, 3, 2, HEAD_DIM, requires_grad=True)
+        out, expected = compiled(x), RotaryEmbedding(8)(2.0 * x)
+        torch.testing.assert_close(out, expected)
+        dout = torch.randn_like(out)
+        gradients = [torch.autograd.grad(result, x, dout)[0] for result in (out, expected)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_as_megatron_and_transformers_use_it():
@@ -334,6 +379,23 @@ def test_as_megatron_and_transformers_use_it():
     out = apply_rotary_emb(q.float(), *(half.float() for half in halves)).type_as(q)
     assert_rounded_once(out, turned(q, cos, sin))
     assert apply_rotary_emb_func is apply_rotary_emb
+
+
+@pytest.mark.parametrize(
+    ("function", "named", "shape", "options"),
+    [
+        (apply_rotary_emb, ApplyRotaryEmb, (2, 5, 2, 8), (True, False, 3)),
+        (apply_rotary_emb_qkv_, ApplyRotaryEmbQKV_, (2, 5, 3, 2, 8), (None, None, True, 3)),
+        (apply_rotary_emb_kv_, ApplyRotaryEmbKV_, (2, 5, 2, 2, 8), (True, 3)),
+    ],
+)
+def test_as_remote_code_of_models_uses_it(function, named, shape, options):
+    """The autograd.Functions themselves, by apply() with positional arguments."""
+    cos, sin = tables(dtype=torch.float32)
+    x = torch.randn(shape, requires_grad=True)
+    out = named.apply(x.clone(), cos, sin, *options)
+    assert torch.equal(out, function(x.clone(), cos, sin, *options))
+    assert torch.autograd.grad(out.sum(), x)[0].any()
 
 
 def test_as_mamba_uses_it():

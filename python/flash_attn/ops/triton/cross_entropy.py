@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ...utils.distributed import all_gather_raw
+from ..activations import Tensors, first_order_only
 
 __all__ = ["cross_entropy_loss"]
 
@@ -57,9 +58,14 @@ def cross_entropy_loss(
         z_losses, which are for logging and carry no gradient.
 
     Raises:
-        ValueError: a shape does not fit, or, on the CPU, a label is out of range. Elsewhere such a
-            row loses the term of its label: looking would stall the device.
+        ValueError: a shape or a dtype does not fit, or, on the CPU, a label is out of range.
+            Elsewhere such a row loses the term of its label: looking would stall the device.
     """
+    for name, tensor in (("logits", logits), ("precomputed_lse", precomputed_lse)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name}: must be of a floating dtype, is {tensor.dtype}")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"labels: must be int32 or int64, is {labels.dtype}")
     if logits.dim() != 2:
         raise ValueError(f"logits: must have shape [batch, classes], has {list(logits.shape)}")
     for name, tensor in (("labels", labels), ("precomputed_lse", precomputed_lse)):
@@ -124,10 +130,9 @@ class _CrossEntropy(torch.autograd.Function):
         return losses, z_losses
 
     @staticmethod
-    def backward(
-        ctx: Any, dlosses: torch.Tensor, _: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
-        logits, labels, lse = ctx.saved_tensors
+    @first_order_only
+    def backward(ctx: Any, saved: Tensors, dlosses: torch.Tensor, _: torch.Tensor) -> Tensors:
+        logits, labels, lse = saved
         options = ctx.options
         # Rows of an expanded tensor share memory, which cannot hold their gradients.
         inplace = options.inplace_backward and 0 not in logits.stride()

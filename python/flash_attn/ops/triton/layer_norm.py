@@ -66,13 +66,14 @@ def layer_norm_fn(
         return_dropout_mask: whether to return the masks of x and x1 too, bool, true where kept;
             None without dropout, or without x1.
         out_dtype: of y and y1; None is x's dtype.
-        out, residual_out: None, or tensors of x's shape to write y and z to.
+        out, residual_out: None, or tensors of x's shape to write y and z to, in their dtypes. What
+            is returned shares their memory, and has the gradients; they themselves have none.
 
     Returns:
         y [..., N]; or a tuple of those that are asked for, of (y, y1, z, mask, mask1).
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape or a dtype does not fit, or weight is None.
         NotImplementedError: rowscale and x1 are both given.
     """
     if rowscale is not None and x1 is not None:
@@ -80,11 +81,13 @@ def layer_norm_fn(
     options = NormOptions(
         eps=eps,
         dropout_p=dropout_p,
-        prenorm=prenorm or residual_out is not None,
+        prenorm=prenorm,
         residual_in_fp32=residual_in_fp32,
         zero_centered_weight=zero_centered_weight,
         is_rms_norm=is_rms_norm,
-        out_dtype=out_dtype if out is None else out.dtype,
+        out_dtype=out_dtype,
+        out=out,
+        residual_out=residual_out,
     )
     result = add_norm(
         x,
@@ -97,9 +100,6 @@ def layer_norm_fn(
         bias1=bias1,
         rowscale=rowscale,
     )
-    y = result.y if out is None else out.copy_(result.y)
-    z = result.z if residual_out is None else residual_out.copy_(result.z)
-    result = result._replace(y=y, z=z)
     return _asked_for(result, weight1 is not None, prenorm, return_dropout_mask)
 
 
@@ -232,7 +232,7 @@ def layer_norm_linear_fn(
         [..., M], in x's dtype or autocast's; with prenorm (that, z [..., N]).
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape or a dtype does not fit, or a weight is None.
     """
     options = NormOptions(
         eps=eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=is_rms_norm
