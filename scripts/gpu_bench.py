@@ -103,19 +103,17 @@ def pack(lengths: list[int], *tensors: torch.Tensor) -> Packed:
     return Packed(*(x[: sum(lengths)] for x in tensors), offsets.cuda(), max(lengths))
 
 
-def ours_varlen(packed: Packed, causal: bool, backend: str) -> None:
+def ours_varlen(it: Packed, causal: bool, backend: str) -> None:
     os.environ["FLASH_ATTENTION_BACKEND"] = backend
-    it = packed
     flash_attn_varlen_func(
         it.q, it.k, it.v, it.offsets, it.offsets, it.longest, it.longest, causal=causal
     )
 
 
-def peer_varlen(packed: Packed, causal: bool) -> None:
+def peer_varlen(it: Packed, causal: bool) -> None:
     """FlashAttention-2 through PyTorch, from 2.11 on."""
     from torch.nn.attention.varlen import varlen_attn
 
-    it = packed
     window = (-1, 0 if causal else -1)
     varlen_attn(
         it.q, it.k, it.v, it.offsets, it.offsets, it.longest, it.longest, window_size=window

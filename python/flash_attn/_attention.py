@@ -13,6 +13,7 @@ from torch.autograd import forward_ad as _forward_ad
 from torch.autograd.function import FunctionCtx
 
 from . import _environment, _known, _native
+from ._first_order import NotDifferentiable
 
 # The library may have been loaded before PyTorch, by a call on arrays.
 _native.share_threads_with_torch()
@@ -375,25 +376,10 @@ class AttentionFunction(torch.autograd.Function):
         if is_plain and q.is_cpu:
             _known.remember_gradients(gradients)
         if _is_grad_enabled():  # create_graph=True
-            gradients = _NotDifferentiable.apply(
-                (d_attn_bias, d_learnable_sink, *gradients), dout, *ctx.saved_tensors
-            )
+            tied = (d_attn_bias, d_learnable_sink, *gradients)
+            gradients = NotDifferentiable.apply(NO_SECOND_ORDER, tied, dout, *ctx.saved_tensors)
             return None, None, *gradients
         return None, None, d_attn_bias, d_learnable_sink, *gradients
-
-
-class _NotDifferentiable(torch.autograd.Function):
-    """Ties gradients to what they depend on, so that differentiating them again raises."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, gradients: tuple[torch.Tensor | None, ...], *_: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        return gradients
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *_: torch.Tensor) -> None:
-        raise NotImplementedError(NO_SECOND_ORDER)
 
 
 # Function.apply() without its Python part, which is for functorch's transforms.

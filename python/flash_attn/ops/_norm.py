@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .activations import Tensors, first_order_only
+from .._first_order import Tensors, first_order_only
 
 
 @dataclass(frozen=True)

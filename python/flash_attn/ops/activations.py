@@ -6,14 +6,12 @@ others are differentiable.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .. import _attention
+from .._first_order import Tensors, first_order_only
 
 __all__ = [
     "bias_gelu",
@@ -29,40 +27,6 @@ __all__ = [
     "swiglu_bwd",
     "swiglu_fwd",
 ]
-
-_NO_SECOND_ORDER = (
-    "second-order gradients of fused norms, activations, MLPs and losses are not implemented: their"
-    " backward passes cannot be differentiated again; use torch.nn.functional's functions where"
-    " they are needed"
-)
-
-Tensors = tuple[torch.Tensor | None, ...]
-
-
-class _NotDifferentiable(_attention._NotDifferentiable):
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> None:
-        raise NotImplementedError(_NO_SECOND_ORDER)
-
-
-def first_order_only(backward: Callable[..., Tensors]) -> Callable[..., Tensors]:
-    """Makes backward(ctx, saved_tensors, *douts) the backward pass of an autograd.Function, whose
-    gradients raise when they are differentiated again.
-
-    That takes a path to every input that they depend on: one that is not saved itself must have a
-    saved output. A saved intermediate result has no graph.
-    """
-
-    @functools.wraps(backward)
-    def first_order(ctx: Any, *douts: torch.Tensor | None) -> Tensors:
-        saved = ctx.saved_tensors  # once: checkpointing allows no more
-        if not torch.is_grad_enabled():
-            return backward(ctx, saved, *douts)
-        with torch.no_grad():
-            gradients = backward(ctx, saved, *douts)
-        return _NotDifferentiable.apply(gradients, *douts, *saved)
-
-    return first_order
 
 
 def gelu_fwd(x: torch.Tensor) -> torch.Tensor:

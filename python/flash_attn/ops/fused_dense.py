@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from .._first_order import Tensors, first_order_only
 from ..utils.distributed import (
     all_gather,
     all_reduce,
@@ -22,15 +23,7 @@ from ..utils.distributed import (
     reduce_scatter,
     share,
 )
-from .activations import (
-    Tensors,
-    first_order_only,
-    gelu_bwd,
-    gelu_fwd,
-    relu_bwd,
-    sqrelu_bwd,
-    sqrelu_fwd,
-)
+from .activations import gelu_bwd, gelu_fwd, relu_bwd, sqrelu_bwd, sqrelu_fwd
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -16,6 +17,27 @@ def assert_rounded_once(actual: torch.Tensor, exact: torch.Tensor, slack: float 
     allowed = (unit + slack) * exact.abs() + slack * exact.abs().mean() + info.smallest_normal
     worst = ((actual.double() - exact).abs() / allowed).max().item() if exact.numel() else 0.0
     assert worst <= 1.0, f"off by {worst:.3g} times what rounding allows"
+
+
+def assert_first_order_only(function, *tensors):
+    """function's gradients are the same with create_graph=True, and raise when differentiated
+    again, also as a part of a sum."""
+    leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+    expected = torch.autograd.grad(function(*tensors).square().sum(), leaves)
+    for weighed in (False, True):
+        out = function(*tensors)
+        dout = out.detach().clone().requires_grad_() if weighed else torch.ones_like(out)
+        gradients = torch.autograd.grad(out, leaves, dout, create_graph=True)
+        for gradient in gradients:
+            assert gradient.requires_grad
+            penalty = gradient.square().sum() + sum(leaf.square().sum() for leaf in leaves)
+            for inputs in (leaves, leaves[:1]):
+                with pytest.raises(NotImplementedError, match="second-order gradients"):
+                    torch.autograd.grad(penalty, inputs, retain_graph=True, allow_unused=True)
+            with pytest.raises(NotImplementedError, match="second-order gradients"):
+                penalty.backward(retain_graph=True)
+    for gradient, exact in zip(gradients, expected):
+        torch.testing.assert_close(2.0 * gradient, exact)
 
 
 def attention(

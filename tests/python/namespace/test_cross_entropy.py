@@ -13,8 +13,7 @@ from flash_attn.losses.cross_entropy import CrossEntropyLoss
 from flash_attn.ops.triton import cross_entropy
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
-from .plain import DTYPES, assert_rounded_once
-from .test_norms import assert_first_order_only
+from .plain import DTYPES, assert_first_order_only, assert_rounded_once
 
 OPTIONS = [
     {},

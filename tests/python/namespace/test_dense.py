@@ -25,8 +25,7 @@ from flash_attn.ops.activations import (
 )
 from flash_attn.ops.fused_dense import FusedDense, FusedMLP, fused_dense_func, fused_mlp_func
 
-from .plain import DTYPES, assert_rounded_once
-from .test_norms import assert_first_order_only
+from .plain import DTYPES, assert_first_order_only, assert_rounded_once
 
 
 def gelu(x):

@@ -18,31 +18,10 @@ from flash_attn.ops.triton.layer_norm import (
     rms_norm_ref,
 )
 
-from .plain import DTYPES, assert_rounded_once
+from .plain import DTYPES, assert_first_order_only, assert_rounded_once
 
 N = 24
 EPS = 1e-3
-
-
-def assert_first_order_only(function, *tensors):
-    """function's gradients are the same with create_graph=True, and raise when differentiated
-    again, also as a part of a sum."""
-    leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
-    expected = torch.autograd.grad(function(*tensors).square().sum(), leaves)
-    for weighed in (False, True):
-        out = function(*tensors)
-        dout = out.detach().clone().requires_grad_() if weighed else torch.ones_like(out)
-        gradients = torch.autograd.grad(out, leaves, dout, create_graph=True)
-        for gradient in gradients:
-            assert gradient.requires_grad
-            penalty = gradient.square().sum() + sum(leaf.square().sum() for leaf in leaves)
-            for inputs in (leaves, leaves[:1]):
-                with pytest.raises(NotImplementedError, match="second-order gradients"):
-                    torch.autograd.grad(penalty, inputs, retain_graph=True, allow_unused=True)
-            with pytest.raises(NotImplementedError, match="second-order gradients"):
-                penalty.backward(retain_graph=True)
-    for gradient, exact in zip(gradients, expected):
-        torch.testing.assert_close(2.0 * gradient, exact)
 
 
 def plain_norm(z, weight, bias, is_rms_norm, zero_centered=False):

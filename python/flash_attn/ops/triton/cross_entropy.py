@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..._first_order import Tensors, first_order_only
 from ...utils.distributed import all_gather_raw
-from ..activations import Tensors, first_order_only
 
 __all__ = ["cross_entropy_loss"]
 
