@@ -110,6 +110,14 @@ def ours_varlen(it: Packed, causal: bool, backend: str) -> None:
     )
 
 
+def ours_each(lengths: list[int], tensors: list[torch.Tensor], causal: bool, backend: str) -> None:
+    """A dense call for each length, of as many sequences as there are lengths."""
+    count = len(lengths)
+    for length in lengths:
+        dense = (x[: count * length].view(count, length, *x.shape[1:]) for x in tensors)
+        ours(*dense, causal, backend)
+
+
 def peer_varlen(it: Packed, causal: bool) -> None:
     """FlashAttention-2 through PyTorch, from 2.11 on."""
     from torch.nn.attention.varlen import varlen_attn
@@ -129,8 +137,9 @@ def random_lengths(mean: int, seed: int) -> list[int]:
 def varlen_speeds(
     head_dim: int, mean: int, causal: bool, backend: str, dtype: torch.dtype
 ) -> dict[str, float]:
-    """TFLOP/s of dense sequences, of varlen ones as long as those, and of three draws of random
-    lengths with that mean; FlashAttention-2's of the first and the last."""
+    """TFLOP/s of dense sequences, of varlen ones as long as those, of three draws of random lengths
+    with that mean, and of dense calls for each length drawn, whose work is the same. Of the first
+    and the third FlashAttention-2's as well."""
     heads = 2048 // head_dim
     tensors = [torch.randn(2 * TOKENS, heads, head_dim, device="cuda").to(dtype) for _ in range(3)]
     equal = [mean] * (TOKENS // mean)
@@ -140,12 +149,15 @@ def varlen_speeds(
         "dense": [(equal, functools.partial(ours, *dense, causal, backend))],
         "equal": [(equal, functools.partial(ours_varlen, pack(equal, *tensors), causal, backend))],
         "random": [],
+        "each": [],
         "fa2 dense": [(equal, functools.partial(peer, *heads_first, causal, PEERS["fa2"]))],
         "fa2 random": [],
     }
     for lengths in (random_lengths(mean, seed) for seed in range(3)):
         packed = pack(lengths, *tensors)
         kinds["random"].append((lengths, functools.partial(ours_varlen, packed, causal, backend)))
+        calls_each = functools.partial(ours_each, lengths, tensors, causal, backend)
+        kinds["each"].append((lengths * len(lengths), calls_each))
         kinds["fa2 random"].append((lengths, functools.partial(peer_varlen, packed, causal)))
     calls = {f"{kind} {i}": it for kind, draws in kinds.items() for i, it in enumerate(draws)}
     times = medians({name: function for name, (_, function) in calls.items()}, 7)
@@ -161,28 +173,29 @@ def varlen_speeds(
 
 
 def varlen_table(backend: str, dtype: torch.dtype) -> None:
-    """varlen_speeds, and the ratios of random lengths to dense ones for both."""
+    """varlen_speeds, and the ratios of random lengths to dense ones: of their mean, of each, and of
+    their mean for FlashAttention-2."""
     print(f"{backend}, varlen")
-    columns = ("dense", "equal", "random", "fa2 dense", "fa2 random")
+    columns = ("dense", "equal", "random", "each", "fa2 dense", "fa2 random")
     print("   D  mean causal " + "".join(f"{name:>12}" for name in columns) + "   ratios")
-    ratios: dict[str, list[float]] = {backend: [], "fa2": []}
+    ratios: dict[str, list[float]] = {}
     for head_dim in (64, 128, 256):
         for mean in (512, 1024, 4096):
             for causal in (False, True):
                 speeds = varlen_speeds(head_dim, mean, causal, backend, dtype)
                 found = {
-                    backend: speeds["random"] / speeds["dense"],
-                    "fa2": speeds["fa2 random"] / speeds["fa2 dense"],
+                    f"{backend}, random over dense": speeds["random"] / speeds["dense"],
+                    f"{backend}, random over each": speeds["random"] / speeds["each"],
+                    "fa2, random over dense": speeds["fa2 random"] / speeds["fa2 dense"],
                 }
                 line = f"{head_dim:>4} {mean:>5} {causal!s:>6} "
                 line += "".join(f"{speeds[name]:>12.0f}" for name in columns)
                 print(line + "".join(f"  {it:.3f}" for it in found.values()), flush=True)
                 for name, ratio in found.items():
                     if not math.isnan(ratio):
-                        ratios[name].append(ratio)
+                        ratios.setdefault(name, []).append(ratio)
     for name, values in ratios.items():
-        if values:
-            print(f"{name}, random over dense: {summary(values)}")
+        print(f"{name}: {summary(values)}")
 
 
 def grouped_table(backend: str, dtype: torch.dtype, quick: bool) -> None:

@@ -117,9 +117,9 @@ class BackwardPlan final : public core::Plan {
       double flops = 0;
       for (const BackwardTask& task : tasks) flops += task.cost;
       const bool equal = !tasks.empty() && tasks.front().cost == tasks.back().cost;
-      for_each_task(*stream.parallel, static_cast<int64_t>(tasks.size()),
-                    useful_workers(flops, stream.num_workers), equal,
-                    [&](int64_t task, int worker) {
+      const auto num_tasks = static_cast<int64_t>(tasks.size());
+      for_each_task(*stream.parallel, num_tasks, useful_workers(flops, stream.num_workers),
+                    equal ? num_tasks : 0, [&](int64_t task, int worker) {
                       kernel(call, tasks[task], shared + layout.shared + worker * layout.scratch);
                     });
     };

@@ -106,7 +106,8 @@ struct ForwardTask {
   double cost;               // query-key pairs
   bool few_queries = false;  // at most kFewQueries in a panel
   int32_t num_heads_kv = 1;  // from head_kv on; more only where queries are few
-  double order = 0.0;        // cost of the heaviest task of the head, to start with the heaviest
+  double order = 0.0;        // cost of the heaviest task of the head, to start with the heaviest;
+                             // of a piece of a task, its own
 };
 
 // States of the online softmax, per panel and split.

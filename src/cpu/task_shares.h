@@ -11,10 +11,12 @@ namespace fa::cpu {
 
 // Hands tasks out in shares of neighbours: a worker goes through its own in order, and then helps
 // with the others'. So a head stays with one core from call to call, with what the processor
-// fetched unasked of the next one (backward at 128 keys, head_dim 64: 497 -> 435 us).
+// fetched unasked of the next one (backward at 128 keys, head_dim 64: 497 -> 435 us). Tasks behind
+// those are taken last, by whoever is free.
 class TaskShares {
  public:
-  TaskShares(int64_t num_tasks, int64_t num_shares) : shares_(static_cast<size_t>(num_shares)) {
+  TaskShares(int64_t num_tasks, int64_t num_shares)
+      : shares_(static_cast<size_t>(num_shares)), next_behind_(num_tasks) {
     for (int64_t s = 0; s < num_shares; ++s) {
       shares_[s].next.store(s * num_tasks / num_shares, std::memory_order_relaxed);
       shares_[s].end = (s + 1) * num_tasks / num_shares;
@@ -23,12 +25,13 @@ class TaskShares {
 
   // A task that nobody has; to be called as often as there are tasks.
   int64_t take(int worker) {
-    for (size_t i = static_cast<size_t>(worker);; ++i) {
-      Share& share = shares_[i % shares_.size()];
+    for (size_t i = 0; i < shares_.size(); ++i) {
+      Share& share = shares_[(static_cast<size_t>(worker) + i) % shares_.size()];
       if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
       const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
       if (task < share.end) return task;
     }
+    return next_behind_.fetch_add(1, std::memory_order_relaxed);
   }
 
  private:
@@ -37,18 +40,19 @@ class TaskShares {
     int64_t end;
   };
   std::vector<Share> shares_;
+  alignas(64) std::atomic<int64_t> next_behind_;
 };
 
-// Calls body(task, worker) for each task. equal: all take about as long. Else they are taken one by
-// one in their order, for the heaviest to start first.
+// Calls body(task, worker) for each task. The first num_equal take about as long as each other. The
+// others are taken one by one in their order, for the heaviest to start first.
 template <class Body>
-void for_each_task(core::Parallel& parallel, int64_t num_tasks, int max_workers, bool equal,
+void for_each_task(core::Parallel& parallel, int64_t num_tasks, int max_workers, int64_t num_equal,
                    Body&& body) {
-  if (!equal || max_workers <= 1 || num_tasks <= 1) {
+  if (num_equal <= 1 || max_workers <= 1) {
     core::parallel_for(parallel, num_tasks, max_workers, body);
     return;
   }
-  TaskShares shares(num_tasks, std::min<int64_t>(max_workers, num_tasks));
+  TaskShares shares(num_equal, std::min<int64_t>(max_workers, num_equal));
   core::parallel_for(parallel, num_tasks, max_workers,
                      [&](int64_t, int worker) { body(shares.take(worker), worker); });
 }

@@ -36,9 +36,9 @@ TEST(TaskShares, each_task_runs_exactly_once) {
   ThreadPool pool(4);
   for (int64_t num_tasks : {0, 1, 2, 3, 7, 64, 1000}) {
     for (int max_workers : {1, 2, 3, 4, 9}) {
-      for (bool equal : {false, true}) {
+      for (int64_t num_equal : {int64_t{0}, num_tasks / 3, num_tasks}) {
         std::vector<std::atomic<int>> runs(num_tasks);
-        for_each_task(pool, num_tasks, max_workers, equal,
+        for_each_task(pool, num_tasks, max_workers, num_equal,
                       [&](int64_t task, int) { runs[task].fetch_add(1); });
         for (const auto& count : runs) EXPECT_EQ(count.load(), 1);
       }
@@ -48,10 +48,10 @@ TEST(TaskShares, each_task_runs_exactly_once) {
 
 TEST(TaskShares, a_worker_goes_through_its_neighbours_and_then_helps) {
   TaskShares shares(10, 2);
-  const std::vector<int> workers{1, 0, 0, 0, 0, 0, 0, 0, 1, 0};
+  const std::vector<int> workers{1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0};
   std::vector<int64_t> tasks;
   for (const int worker : workers) tasks.push_back(shares.take(worker));
-  EXPECT_EQ(tasks, (std::vector<int64_t>{5, 0, 1, 2, 3, 4, 6, 7, 8, 9}));
+  EXPECT_EQ(tasks, (std::vector<int64_t>{5, 0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11}));
 }
 
 TEST(ThreadPool, no_two_tasks_share_a_worker_at_the_same_time) {

@@ -106,6 +106,21 @@ def test_the_number_of_threads_does_not_change_results(dtype, dropout_p):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_last_tasks_of_many_threads_leave_nothing_out(dtype, causal):
+    # With so many rows tasks have several panels of them, and more than four threads cut the last.
+    q, k, v = tensors(2, 1100, 150, 8, 8, 16, dtype=dtype)
+    torch.set_num_threads(1)
+    expected = dlpack.attention(q, k, v, causal=causal)
+    for threads in (5, 6):
+        torch.set_num_threads(threads)
+        out = torch.full_like(q, math.nan)
+        dlpack.attention(q, k, v, out=out, causal=causal)
+        assert same_bits(out, expected)
+
+
+@pytest.mark.native
 def test_pytorch_and_the_library_share_one_set_of_threads():
     flash_attn_func(*tensors())
     _, source = _native.num_threads()
